@@ -1,0 +1,33 @@
+"""Variational autoencoders as a first-class part of Bayesian modelling in Pyro.
+
+Two nouns: a conditional distribution goes in (`pyro_vae.distributions`), particles come out (`draw_particles`). Between
+them stands any Pyro (model, guide) pair, of which `VAE` writes one. ArviZ and matplotlib are imported only when used.
+"""
+
+from typing import Any
+
+from pyro_vae.evidence import Evidence, importance_sampling
+from pyro_vae.particles import Particles, draw_particles
+from pyro_vae.training import FitResult, fit
+from pyro_vae.vae import VAE
+
+__version__ = "0.1.0"
+__all__ = [
+    "VAE",
+    "Evidence",
+    "FitResult",
+    "Particles",
+    "draw_particles",
+    "fit",
+    "from_pyro",
+    "from_pyro_svi",
+    "importance_sampling",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("from_pyro", "from_pyro_svi"):  # these import ArviZ
+        from pyro_vae import io_arviz
+
+        return getattr(io_arviz, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

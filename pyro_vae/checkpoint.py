@@ -1,0 +1,73 @@
+"""Weights on disk: written whole or not at all, and loaded whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["load_weights", "save_weights"]
+
+
+def save_weights(module: nn.Module, path: str | Path) -> None:
+    """Writes the `state_dict` of a module, atomically: an interrupted run leaves the file that was there before.
+
+    The file is plain tensors, and opens with `torch.load(path, weights_only=True)`.
+
+    Args:
+        module: any module, e.g. a `VAE`.
+        path: of the file; its folder exists.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> first, second = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_weights(first, f"{folder}/weights.pt")
+        ...     load_weights(second, f"{folder}/weights.pt")
+        >>> bool((first.weight == second.weight).all())
+        True
+    """
+    path = Path(path)
+    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)  # atomic on one file system
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_weights(module: nn.Module, path: str | Path) -> None:
+    """Loads weights written by `save_weights`, onto the module's device. If anything does not fit, nothing is changed.
+
+    Args:
+        module: built as the one that was saved.
+        path: of the file.
+
+    Raises:
+        ValueError: names or shapes differ (the message lists them).
+    """
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    wrong = [
+        f"{name}: expected {expected.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
+        for name in sorted(expected | got)
+        if expected.get(name) != got.get(name)
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:5]) + ("; …" if len(wrong) > 5 else "")
+        raise ValueError(
+            f"{path} does not fit {type(module).__name__}, which stays as it was ({shown}). Try to build the module "
+            "with the sizes it was saved with."
+        )
+    module.load_state_dict(saved)

@@ -1,0 +1,60 @@
+"""What data must be before anything is computed from them, and the errors that say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+__all__ = ["check_rows", "check_support"]
+
+
+def check_rows(data: Any, *, start: int = 0) -> None:
+    """Raises ValueError if a floating tensor in `data` (nested tuples and dicts) has a row that is not finite.
+
+    `start` is the index of the first row, for the message.
+    """
+    values = data.values() if isinstance(data, dict) else data if isinstance(data, (tuple, list)) else [data]
+    for i, x in enumerate(values):
+        if isinstance(x, (tuple, list, dict)):
+            check_rows(x, start=start)
+        elif isinstance(x, Tensor) and x.is_floating_point() and x.dim() and not torch.isfinite(x.sum()):
+            bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1)
+            if bad.any():
+                raise ValueError(
+                    f"argument {i}: {int(bad.sum())} of {len(x)} rows are NaN or infinite, the first at row "
+                    f"{start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to fill them in."
+                )
+
+
+def check_support(name: str, site: dict, start: int = 0) -> None:
+    """Raises ValueError if the observed value of a trace's site lies outside the support of its distribution."""
+    fn, value = site["fn"], site["value"]
+    if site["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+        return
+    try:
+        inside = fn.support.check(value)
+    except (AttributeError, NotImplementedError):
+        return
+    if bool(inside.all()):
+        return
+    bad = (~inside).reshape(len(inside), -1).any(1) if inside.dim() else ~inside.reshape(1)
+    row = int(bad.nonzero()[0])
+    base = fn
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    family = type(base).__name__
+    advice = "Try another likelihood, or transform the data."
+    if base.support is constraints.boolean:
+        advice = "Try (x > 0.5).to(x.dtype), or torch.bernoulli(x) for a fresh binarisation, or a Normal likelihood."
+    elif isinstance(base, dist.Normal):
+        advice = "Try to fill in or drop values that are not finite."
+    outside = value.reshape(len(inside), -1)[row] if inside.dim() else value.reshape(-1)
+    raise ValueError(
+        f"site {name!r}: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
+        f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
+        + advice
+    )

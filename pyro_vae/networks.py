@@ -1,0 +1,179 @@
+"""Networks: tensor → tensor modules without any probability in them.
+
+Each maps rows of inputs to rows of features, and says how wide these are (`out_features`, an int for a
+vector or a shape (channels, height, width) for a feature map), so that the head of a conditional
+distribution (`pyro_vae.distributions`) knows what it gets. Nothing here is special: every `nn.Module`
+serves as a network; these are the three that nearly everybody writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron, h = a(W_l ··· a(W_1 x + b_1) ··· + b_l), over an event of any shape.
+
+    The last hidden layer is the output: the linear map to parameters belongs to the head.
+    An empty `hidden_sizes` flattens the input and nothing else, which makes a linear model.
+
+    Args:
+        in_shape: shape of one input, e.g. 784 or (28, 28); it is flattened.
+        hidden_sizes: widths of the hidden layers, e.g. [400, 200].
+        context_size: total width of further inputs, vectors that are concatenated to the first one.
+        activation: makes the nonlinearity, as in `nn.ELU`.
+
+    Example:
+        >>> net = MLP((28, 28), [400], context_size=10)
+        >>> net(torch.zeros(5, 28, 28), torch.zeros(5, 10)).shape
+        torch.Size([5, 400])
+    """
+
+    def __init__(
+        self,
+        in_shape: int | Sequence[int],
+        hidden_sizes: Sequence[int],
+        *,
+        context_size: int = 0,
+        activation: Callable[[], nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.in_shape = _shape(in_shape)
+        self.context_size = context_size
+        sizes = [prod(self.in_shape) + context_size, *hidden_sizes]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out), activation()]
+        self.layers = nn.Sequential(*layers)
+        self.out_features = sizes[-1]
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        _check_shape("MLP", x, self.in_shape)
+        x = x.flatten(x.dim() - len(self.in_shape))
+        return self.layers(_concatenate(x, context, self.context_size))
+
+
+class ConvEncoder(nn.Module):
+    """Strided convolutions, each halving height and width, then one dense layer.
+
+    Args:
+        in_shape: (channels, height, width) of an image.
+        channels: output channels of the convolutions (kernel 3, stride 2, padding 1).
+        out_features: width of the dense layer.
+        context_size: total width of further inputs, concatenated before the dense layer.
+        activation: makes the nonlinearity.
+
+    Example:
+        >>> ConvEncoder((1, 28, 28), [16, 32], 64)(torch.zeros(5, 1, 28, 28)).shape
+        torch.Size([5, 64])
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        channels: Sequence[int],
+        out_features: int,
+        *,
+        context_size: int = 0,
+        activation: Callable[[], nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.in_shape = _shape(in_shape)
+        self.context_size = context_size
+        sizes = [self.in_shape[0], *channels]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(sizes):
+            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), activation()]
+        self.convolutions = nn.Sequential(*layers)
+        height, width = _halvings(self.in_shape[1:], len(channels))[-1]
+        self.dense = nn.Sequential(nn.Linear(sizes[-1] * height * width + context_size, out_features), activation())
+        self.out_features = out_features
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        _check_shape("ConvEncoder", x, self.in_shape)
+        x = self.convolutions(x).flatten(1)
+        return self.dense(_concatenate(x, context, self.context_size))
+
+
+class ConvDecoder(nn.Module):
+    """The mirror image of `ConvEncoder`: a dense layer, then transposed convolutions, each doubling.
+
+    The output is a feature map (channels[-1], height, width), at the size of the image; the head maps its
+    channels to parameters pixel by pixel (a 1×1 convolution).
+
+    Args:
+        in_features: width of the latent vector.
+        channels: channels from the smallest map to the last, one doubling for each, e.g. [32, 16].
+        out_size: (height, width) of the image.
+        context_size: total width of further inputs, concatenated to the latent vector.
+        activation: makes the nonlinearity.
+
+    Example:
+        >>> ConvDecoder(8, [32, 16], (28, 28))(torch.zeros(5, 8)).shape
+        torch.Size([5, 16, 28, 28])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        channels: Sequence[int],
+        out_size: Sequence[int],
+        *,
+        context_size: int = 0,
+        activation: Callable[[], nn.Module] = nn.ELU,
+    ) -> None:
+        super().__init__()
+        self.in_shape = (in_features,)
+        self.context_size = context_size
+        sizes = _halvings(tuple(out_size), len(channels))[::-1]  # smallest first
+        self._smallest = (channels[0], *sizes[0])
+        self.dense = nn.Sequential(nn.Linear(in_features + context_size, prod(self._smallest)), activation())
+        layers: list[nn.Module] = []
+        for i, (small, large) in enumerate(pairwise(sizes)):
+            fan_in, fan_out = channels[i], channels[min(i + 1, len(channels) - 1)]
+            # (s - 1)·2 - 2 + 3 + extra = large: `extra` undoes the rounding of the halving
+            extra = tuple(b - 2 * a + 1 for a, b in zip(small, large, strict=True))
+            layers += [nn.ConvTranspose2d(fan_in, fan_out, 3, 2, 1, output_padding=extra), activation()]
+        self.convolutions = nn.Sequential(*layers)
+        self.out_features = (channels[-1], *sizes[-1])
+
+    def forward(self, z: Tensor, *context: Tensor) -> Tensor:
+        _check_shape("ConvDecoder", z, self.in_shape)
+        z = self.dense(_concatenate(z, context, self.context_size))
+        return self.convolutions(z.unflatten(-1, self._smallest))
+
+
+def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def _halvings(size: tuple[int, ...], times: int) -> list[tuple[int, ...]]:
+    sizes = [size]
+    for _ in range(times):
+        sizes.append(tuple((s + 1) // 2 for s in sizes[-1]))
+    return sizes
+
+
+def _check_shape(where: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape[x.dim() - len(shape) :]) != shape:
+        raise ValueError(
+            f"{where}: expected inputs that end in shape {shape}, got {tuple(x.shape)}. "
+            f"Try {where}(in_shape={tuple(x.shape[1:])}, …), or reshape the data."
+        )
+
+
+def _concatenate(x: Tensor, context: tuple[Tensor, ...], size: int) -> Tensor:
+    got = sum(c.shape[-1] for c in context)
+    if got != size:
+        raise ValueError(
+            f"network: expected context of total width {size}, got {[tuple(c.shape) for c in context]}. "
+            f"Try context_size={got}, and labels as one-hot vectors."
+        )
+    return torch.cat([x, *context], dim=-1) if context else x

@@ -1,0 +1,218 @@
+r"""Figures of what a fit gave, as functions of arrays that draw on matplotlib axes and return them.
+
+Arrays are numpy arrays, tensors (on any device) or lists. Without `ax` a new figure is made with `pyplot`. Matplotlib
+is imported when the first figure is drawn: the package does without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_embedding", "plot_images", "plot_khat", "plot_training"]
+
+
+def plot_training(
+    loss: Any, validation_loss: Any = (), *, label: str | None = None, quantity: str = "−ELBO", ax: Axes | None = None
+) -> Axes:
+    """The loss of each epoch; call it again with the same axes for each further run.
+
+    Training loss is dashed, validation loss solid, both in the colour of the run; losses that are not finite leave a
+    gap.
+
+    Args:
+        loss: nats per data point, (epochs,), as `FitResult.loss`.
+        validation_loss: nats per data point, (epochs,), as `FitResult.validation_loss`; empty for none.
+        label: name of the run.
+        quantity: what the loss is, for the axis.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> ax = plot_training([120.0, 101.0, 98.0], [105.0, 100.0, 99.0], label="diagonal")
+        >>> ax = plot_training([119.0, 99.0, 95.0], [103.0, 97.0, 96.0], label="full", ax=ax)
+        >>> ax.get_legend_handles_labels()[1]
+        ['diagonal, training', 'diagonal, validation', 'full, training', 'full, validation']
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    ax = _axes(ax)
+    colour = None
+    for values, what, style in ((loss, "training", "--"), (validation_loss, "validation", "-")):
+        values = _array(values)
+        if len(values):
+            name = what if label is None else f"{label}, {what}"
+            marker = "." if len(values) < 2 else None  # one epoch makes no line
+            (line,) = ax.plot(np.arange(1, len(values) + 1), values, style, marker=marker, color=colour, label=name)
+            colour = line.get_color()
+    ax.set(xlabel="epoch", ylabel=f"{quantity} (nats per data point)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(frameon=False)
+    return _lean(ax)
+
+
+def plot_images(
+    images: Any,
+    *,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    cmap: str = "gray_r",
+    limits: tuple[float, float] = (0.0, 1.0),
+    ax: Axes | None = None,
+) -> Axes:
+    """A grid of grey images, such as originals over their reconstructions, samples, or a walk through latent space.
+
+    Args:
+        images: (rows, columns, height, width).
+        row_labels: a text for each row, left of it.
+        column_labels: a text for each column, above it.
+        cmap: matplotlib's name of the colours; the default is dark on white.
+        limits: values of the first and last colour.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: `images` of another shape, or as many labels as there are not rows or columns.
+
+    Example:
+        >>> ax = plot_images(np.zeros((2, 5, 8, 8)), row_labels=["data", "reconstruction"])
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['data', 'reconstruction']
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    images = _array(images).astype(float)
+    if images.ndim != 4:
+        raise ValueError(
+            f"images: expected shape (rows, columns, height, width), got {images.shape}. Try x.unflatten(0, (2, 5)), "
+            "or x[None] for one row."
+        )
+    rows, columns, height, width = images.shape
+    for name, labels, number in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
+        if labels is not None and len(labels) != number:
+            raise ValueError(f"{name}: expected {number}, got {len(labels)}.")
+    gap = max(1, round(height / 14))
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)  # NaN is left transparent
+    mosaic = images.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap))[:-gap, :-gap]
+    ax = _axes(ax)
+    ax.imshow(mosaic, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    ax.set_yticks(np.arange(rows) * (height + gap) + (height - 1) / 2 if row_labels else [], row_labels or [])
+    ax.set_xticks(np.arange(columns) * (width + gap) + (width - 1) / 2 if column_labels else [], column_labels or [])
+    ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def plot_embedding(
+    points: Any, classes: Any = None, *, class_names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    """Points in the plane, such as posterior means, coloured by class.
+
+    Args:
+        points: (N, 2); for more latent dimensions, project first and say so in the axis labels.
+        classes: (N,), integers from 0; default: one colour.
+        class_names: a name for each class, for the legend; default: the numbers.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: `points` of another shape.
+
+    Example:
+        >>> ax = plot_embedding(np.eye(2), [0, 1], class_names=["cat", "dog"])
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['cat', 'dog']
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    import matplotlib
+
+    points = _array(points)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(
+            f"points: expected shape (N, 2), got {points.shape}. Try their first two principal components."
+        )
+    ax = _axes(ax)
+    style = {"s": np.clip(4000 / max(len(points), 1), 4, 30), "alpha": 0.8, "linewidths": 0, "rasterized": True}
+    if classes is None:
+        ax.scatter(*points.T, **style)
+    else:
+        classes = _array(classes).astype(int)
+        names = range(classes.max() + 1) if class_names is None else class_names
+        # up to ten classes get colours that are told apart, more of them a scale of even lightness steps
+        colours = np.array(
+            matplotlib.colormaps["tab10"].colors
+            if len(names) <= 10
+            else matplotlib.colormaps["viridis"](np.linspace(0, 1, len(names)))[:, :3]
+        )
+        ax.scatter(*points.T, c=colours[classes], **style)  # all at once: no class is drawn over the others
+        for name, colour in zip(names, colours, strict=False):
+            ax.scatter([], [], s=40, color=colour, label=name)
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handletextpad=0.2)
+    ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    return _lean(ax)
+
+
+def plot_khat(khat: Any, threshold: float = 0.7, *, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """Pareto k-hat of each data point, with the line above which its importance weights are not to trust.
+
+    Values that are not finite cannot be drawn: the title counts them, apart from those above the threshold.
+
+    Args:
+        khat: (N,), as `Evidence.pareto_khat`.
+        threshold: the largest k-hat to trust, as `Evidence.threshold`.
+        label: what the title starts with.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> ax = plot_khat([0.1, 0.9, float("nan")], label="diagonal")
+        >>> ax.get_title()
+        'diagonal: 1 of 3 above 0.70, 1 not finite (not shown)'
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    khat = _array(khat).astype(float)
+    finite = np.isfinite(khat)
+    row = np.arange(len(khat))
+    above = finite & (khat > threshold)
+    ax = _axes(ax)
+    size = np.clip(4000 / max(len(khat), 1), 6, 30)
+    for which, colour in ((finite & ~above, "tab:blue"), (above, "tab:red")):
+        ax.scatter(row[which], khat[which], s=size, alpha=0.7, linewidths=0, color=colour)
+    ax.axhline(threshold, color="0.2", linestyle="--", linewidth=1)
+    title = f"{int(above.sum())} of {len(khat)} above {threshold:.2f}"
+    if not finite.all():
+        title += f", {int((~finite).sum())} not finite (not shown)"
+    ax.set(xlabel="data point", ylabel="Pareto k-hat", title=title if label is None else f"{label}: {title}")
+    return _lean(ax)
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots(layout="constrained")[1]
+
+
+def _lean(ax: Axes) -> Axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
