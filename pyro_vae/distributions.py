@@ -8,17 +8,18 @@ features, and a head, which maps features linearly to the parameters of a Pyro d
 
 Scales are softplus(·) + 1e-5, and start at one: they neither reach zero nor explode. A full covariance is
 
-    z = μ + L ε,   L = diag(τ) (I + mask ∘ L'),   Σ = L Lᵀ,
+    z = μ + L ε,   L = diag(τ) (I + mask ∘ L' / √d),   Σ = L Lᵀ,
 
 the L = mask ∘ L' + diag(τ) of Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section
-2.5, with each row of L' measured in units of τ and started at zero, which keeps the triangle well conditioned.
+2.5, with L' started at zero and its row i measured in units of τ_i √d: entries of order one then give a triangle whose
+inverse is of order one too, in any dimension, where entries of order τ_i alone give one that grows exponentially.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import expm1, log, prod
+from math import expm1, log, prod, sqrt
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -245,7 +246,7 @@ class ConditionalNormal(Conditional):
 
 
 class ConditionalMultivariateNormal(Conditional):
-    """The Normal with full covariance, y = μ(x) + L(x) ε with L = diag(τ) (I + mask ∘ L'), over events of any shape.
+    """The Normal with full covariance, y = μ + L ε with L = diag(τ) (I + mask ∘ L'/√d), over events of any shape.
 
     Args:
         network: maps inputs to features.
@@ -276,7 +277,9 @@ class ConditionalMultivariateNormal(Conditional):
 
     def distribution(self, loc: Tensor, raw_scale: Tensor, lower: Tensor) -> Any:
         d, batch = loc.shape[-1], loc.shape[:-1]
-        tril = lower.new_zeros(*batch, d * d).index_copy(-1, self._strictly_lower, lower).unflatten(-1, (d, d))
+        tril = (
+            lower.new_zeros(*batch, d * d).index_copy(-1, self._strictly_lower, lower / sqrt(d)).unflatten(-1, (d, d))
+        )
         tril = tril + torch.eye(d, dtype=loc.dtype, device=loc.device)
         return MultivariateNormal(loc, _positive(raw_scale).unsqueeze(-1) * tril, self.event_shape)
 
@@ -351,7 +354,7 @@ def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _positive(raw: Tensor) -> Tensor:
-    return nn.functional.softplus(raw + log(expm1(1.0))) + SMALLEST_SCALE  # one at raw = 0
+    return nn.functional.softplus(raw + log(expm1(1.0 - SMALLEST_SCALE))) + SMALLEST_SCALE  # one at raw = 0
 
 
 def _width(network: nn.Module) -> int | tuple[int, ...]:

@@ -177,10 +177,10 @@ class LogWeightSummary:
 
     Example:
         >>> summary = LogWeightSummary(100)
-        >>> summary.update(torch.zeros(60, 2))
-        >>> summary.update(torch.zeros(40, 2))
+        >>> summary.update(torch.ones(60, 2))
+        >>> summary.update(torch.ones(40, 2))
         >>> [round(v[0].item(), 3) for v in summary.result()]
-        [0.0, 0.0, 100.0, -inf]
+        [1.0, 0.0, 100.0, -inf]
     """
 
     def __init__(self, num_particles: int) -> None:

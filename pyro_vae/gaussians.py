@@ -18,6 +18,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Independent, constraints, register_kl
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
+from torch.distributions.utils import lazy_property
 
 __all__ = ["MultivariateNormal"]
 
@@ -75,6 +76,21 @@ class MultivariateNormal(dist.MultivariateNormal):
     def variance(self) -> Tensor:
         variance = self._unbroadcasted_scale_tril.square().sum(-1)
         return variance.expand(self.loc.shape).reshape(self._extended_shape())
+
+    @lazy_property
+    def covariance_matrix(self) -> Tensor:
+        """Σ = L Lᵀ of the flattened event, (*batch, d, d)."""
+        tril = self._unbroadcasted_scale_tril
+        return (tril @ tril.mT).expand(self.scale_tril.shape)
+
+    @lazy_property
+    def precision_matrix(self) -> Tensor:
+        """Σ⁻¹ of the flattened event, (*batch, d, d)."""
+        return torch.cholesky_inverse(self._unbroadcasted_scale_tril).expand(self.scale_tril.shape)
+
+    def entropy(self) -> Tensor:
+        log_det = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (log_det + 0.5 * self.loc.shape[-1] * (1 + log(2 * pi))).expand(self._batch_shape)
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:
         eps = torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
