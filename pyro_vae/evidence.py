@@ -42,7 +42,7 @@ class Evidence:
         standard_error: of `log_evidence`, (N,), nats, by the delta method; too small where k-hat is too large.
         effective_sample_size: (Σw)²/Σw², (N,), of `num_particles`.
         pareto_khat: tail shape of the weights, (N,); −inf where the largest weights are all equal (the exact
-            posterior), NaN where there are too few particles to tell (K < 25) or weights that are not finite.
+            posterior), NaN where there are too few particles to tell (K < 21) or weights that are not finite.
         num_particles: K.
         bound: what `log_evidence` is a bound of, and in which sense.
         method: name of the estimator.
@@ -219,7 +219,7 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
         log_weight: (K, N), nats, up to a constant per point.
 
     Returns:
-        (N,), float64. −inf where the largest weights are equal to rounding, NaN for K < 25 or weights that are NaN.
+        (N,), float64. −inf where the largest weights are equal to rounding, NaN for K < 21 or weights that are NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto Smoothed Importance Sampling, JMLR 25(72).

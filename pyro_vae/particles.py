@@ -179,7 +179,13 @@ class ParticleSampler:
         """Traces guide and model on the first `rows`; returns the frame of the data plate."""
         args, kwargs = self._cut(None if rows is None else slice(0, rows))
         devices = {a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_cuda}
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), evaluation_mode(), poutine.block():
+        with (
+            torch.random.fork_rng(devices=list(devices)),
+            torch.no_grad(),
+            evaluation_mode(),
+            poutine.block(),
+            pyro.validation_enabled(False),
+        ):
             self.guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             self.model_trace = poutine.trace(poutine.replay(self.model, self.guide_trace)).get_trace(*args, **kwargs)
         return next((f for f in _frames(self.guide_trace, self.model_trace) if f.name == self.plate), None)

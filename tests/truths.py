@@ -26,7 +26,9 @@ class LinearGaussian:
         self.weight = torch.randn(size, latent, generator=generator, dtype=torch.float64).to(device, dtype)
         self.bias = torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
         self.noise, self.latent, self.device, self.dtype = noise, latent, device, dtype
-        precision = self.weight.double().T @ self.weight.double() / noise**2 + torch.eye(latent, device=device)
+        precision = self.weight.double().T @ self.weight.double() / noise**2 + torch.eye(latent).to(
+            device, torch.float64
+        )
         self.covariance = torch.linalg.inv(precision)
 
     def sample(self, n: int) -> Tensor:
@@ -36,7 +38,7 @@ class LinearGaussian:
 
     def log_evidence(self, x: Tensor) -> Tensor:
         weight = self.weight.double()
-        covariance = weight @ weight.T + self.noise**2 * torch.eye(len(weight), device=self.device)
+        covariance = weight @ weight.T + self.noise**2 * torch.eye(len(weight)).to(weight)
         return dist.MultivariateNormal(self.bias.double(), covariance).log_prob(x.double())
 
     def posterior(self, x: Tensor, widen: float = 1.0) -> dist.MultivariateNormal:
