@@ -190,11 +190,11 @@ def from_pyro(
                         value = site_log_prob(site) if group == "log_likelihood" else site["value"]
                         draws.setdefault((group, name), []).append(value)
             bar.update()
-    for (group, name), values in draws.items():
-        groups.put(group, name, torch.stack(values), plates[name], draws=True)
     for name, site in sites.items():
         if site["is_observed"]:
             groups.put("observed_data", name, site["value"], plates[name])
+    for (group, name), values in draws.items():
+        groups.put(group, name, torch.stack(values), plates[name], draws=True)
     return groups.tree()
 
 
@@ -203,6 +203,7 @@ class _Groups:
 
     def __init__(self, coords: Mapping[str, Any] | None, dims: Dims | None, num_chains: int = 1) -> None:
         self.coords, self.dims, self.num_chains = coords or {}, dims or {}, num_chains
+        self._known: dict[str, list[str]] = {}
         self._arrays: dict[str, dict[str, tuple[np.ndarray, list[str], bool]]] = {group: {} for group in _GROUPS}
 
     def put(
@@ -223,22 +224,23 @@ class _Groups:
             array = np.empty(size + value.shape[len(size) :], value.dtype) if known is None else known[0]
             array[at] = value
             value = array
-        names = self._names(group, name, value.ndim - draws, batch)
+        names = self._names(name, value.ndim - draws, batch)
         self._arrays[group][name] = value, names, draws
 
-    def _names(self, group: str, name: str, ndim: int, batch: Sequence[str | None]) -> list[str]:
-        automatic = [f"{name}_dim_{i}" for i in range(ndim)]
-        names = [given or automatic[i] for i, given in enumerate(batch)] + automatic[: ndim - len(batch)]
-        given = list(self.dims.get(name, ()))
-        event = ndim - len(batch)
-        if given and len(given) in (ndim, event):
+    def _names(self, name: str, ndim: int, batch: Sequence[str | None]) -> list[str]:
+        """Names of the dimensions of a variable, the same in every group; its log-likelihood has the first of them."""
+        if name not in self._known:
+            automatic = [f"{name}_dim_{i}" for i in range(ndim)]
+            names = [given or automatic[i] for i, given in enumerate(batch)] + automatic[: ndim - len(batch)]
+            given, event = list(self.dims.get(name, ())), ndim - len(batch)
+            if given and len(given) not in (ndim, event):
+                raise ValueError(
+                    f"dims[{name!r}]: expected {event} names for the event dimensions, or {ndim} for all that follow "
+                    f"(chain, draw), got {given}."
+                )
             names[ndim - len(given) :] = given
-        elif given and event:
-            raise ValueError(
-                f"dims[{name!r}]: expected {event} names for the event dimensions, or {ndim} for all that follow "
-                f"(chain, draw), got {given}."
-            )
-        return [f"{n}_plate" if n in self._arrays[group] or n == name else n for n in names]
+            self._known[name] = [f"{n}_plate" if n == name else n for n in names]
+        return self._known[name][:ndim]
 
     def tree(self) -> Any:
         """An `arviz.InferenceData`, or an `xarray.DataTree` where ArviZ has it no more."""

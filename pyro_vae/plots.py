@@ -100,10 +100,11 @@ def plot_images(
     for name, labels, number in (("row_labels", row_labels, rows), ("column_labels", column_labels, columns)):
         if labels is not None and len(labels) != number:
             raise ValueError(f"{name}: expected {number}, got {len(labels)}.")
-    gap = max(1, round(height / 14))
-    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)  # NaN is left transparent
+    gap = max(1, round(height / 28))
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)  # NaN shows the background
     mosaic = images.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap))[:-gap, :-gap]
     ax = _axes(ax)
+    ax.set_facecolor("0.85")  # tells where a white image ends
     ax.imshow(mosaic, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     ax.set_yticks(np.arange(rows) * (height + gap) + (height - 1) / 2 if row_labels else [], row_labels or [])
     ax.set_xticks(np.arange(columns) * (width + gap) + (width - 1) / 2 if column_labels else [], column_labels or [])
@@ -140,9 +141,7 @@ def plot_embedding(
 
     points = _array(points)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(
-            f"points: expected shape (N, 2), got {points.shape}. Try their first two principal components."
-        )
+        raise ValueError(f"points: expected shape (N, 2), got {points.shape}. Try two principal components of them.")
     ax = _axes(ax)
     style = {"s": np.clip(4000 / max(len(points), 1), 4, 30), "alpha": 0.8, "linewidths": 0, "rasterized": True}
     if classes is None:
@@ -161,6 +160,7 @@ def plot_embedding(
             ax.scatter([], [], s=40, color=colour, label=name)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handletextpad=0.2)
     ax.set(xlabel="$z_1$", ylabel="$z_2$")
+    ax.set_aspect("equal", adjustable="datalim")  # distances mean the same in all directions
     return _lean(ax)
 
 

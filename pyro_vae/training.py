@@ -118,11 +118,12 @@ def fit(
         batches = Batches(data, batch_size)
         validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
         pair = _Pair(model, guide, plate)
-        batches.to(pair.device)
-        pair.look(next(iter(batches)))
-        for rows in filter(None, (batches, validation)):
-            rows.to(pair.move(device))
+        everything = [batches] if validation is None else [batches, validation]
+        for rows in everything:
             rows.check()
+        pair.look(next(iter(batches.to(pair.device))))
+        for rows in everything:
+            rows.to(pair.move(device))
             pair.check_support(rows)
         elbo = copy.copy(Trace_ELBO() if loss is None else loss)
         optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
@@ -345,9 +346,9 @@ def _diagnosis(
             torch.cuda.set_rng_state(random_state[1], pair.device)
         guide, model = pair.run(batch)
         found = _first_bad_site(pair, batch, (("guide", guide), ("model", model)))
-    what = (
-        f"loss {value.item():.4g}" if not torch.isfinite(value) else f"finite loss but a gradient of norm {norm.item()}"
-    )
+    what = f"loss {value.item():.4g}"
+    if torch.isfinite(value):
+        what += f", but a gradient of norm {norm.item():.4g}"
     return (
         f"fit stopped before step {step}: {what}{found or ''}. The weights are the last finite ones. Try a lower "
         "learning_rate, clip_norm=10.0, or data scaled to about unit size."

@@ -1,0 +1,51 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from truths import small_vae
+
+from pyro_vae.checkpoint import load_weights, save_weights
+
+
+def test_encoding_is_the_same_to_the_bit_in_a_new_process(tmp_path):
+    vae = small_vae()
+    save_weights(vae, tmp_path / "vae.pt")
+    x = torch.bernoulli(torch.full((5, 4, 4), 0.5))
+    torch.save((x, vae.encode(x).mean), tmp_path / "truth.pt")
+    code = f"""
+import sys, torch
+sys.path.insert(0, "tests")
+from truths import small_vae
+from pyro_vae.checkpoint import load_weights
+vae = small_vae()
+load_weights(vae, {str(tmp_path / "vae.pt")!r})
+x, mean = torch.load({str(tmp_path / "truth.pt")!r}, weights_only=True)
+assert vae.encode(x).mean.equal(mean)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_weights_load_whole_or_not_at_all(tmp_path):
+    save_weights(small_vae(latent=3), tmp_path / "vae.pt")
+    vae = small_vae(latent=2)
+    before = {name: t.clone() for name, t in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not fit VAE, which stays as it was \(likelihood.network"):
+        load_weights(vae, tmp_path / "vae.pt")
+    assert all(t.equal(before[name]) for name, t in vae.state_dict().items())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    vae = small_vae()
+    save_weights(vae, tmp_path / "vae.pt")
+    before = (tmp_path / "vae.pt").read_bytes()
+
+    def interrupted(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(vae, tmp_path / "vae.pt")
+    assert (tmp_path / "vae.pt").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]

@@ -1,0 +1,239 @@
+"""ArviZ conversion on whichever generation is installed: the numbers, the names, and the way to disk and back."""
+
+import math
+import warnings
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro.infer import MCMC, NUTS, config_enumerate
+from truths import LinearGaussian, small_vae
+
+from pyro_vae import from_pyro, from_pyro_svi, importance_sampling
+
+GROUPS = {
+    "posterior",
+    "posterior_predictive",
+    "log_likelihood",
+    "sample_stats",
+    "prior",
+    "prior_predictive",
+    "observed_data",
+}
+ARVIZ_1 = not az.__version__.startswith("0.")
+
+
+def groups(tree):
+    return {name.strip("/") for name in tree.groups} - {""} if ARVIZ_1 else set(tree.groups())
+
+
+def dataset(tree, group):
+    return tree[group].to_dataset() if ARVIZ_1 else tree[group]
+
+
+@pytest.fixture
+def truth():
+    return LinearGaussian(2, 3)
+
+
+@pytest.fixture
+def x(truth):
+    return truth.sample(20)
+
+
+@pytest.fixture
+def tree(truth, x):
+    return from_pyro_svi(
+        truth.model, lambda x: truth.guide(x, 1.5), x, num_samples=2000,
+        dims={"z": ["latent"], "x": ["feature"]}, coords={"feature": ["a", "b", "c"]},
+    )  # fmt: skip
+
+
+def test_type_groups_and_dimensions(tree):
+    assert isinstance(tree, xr.DataTree if ARVIZ_1 else az.InferenceData)
+    assert groups(tree) == GROUPS
+    sizes = {"chain": 1, "draw": 2000, "data": 20, "latent": 2, "feature": 3}
+    expected = {
+        "posterior": {"z": "chain draw data latent"},
+        "posterior_predictive": {"x": "chain draw data feature"},
+        "log_likelihood": {"x": "chain draw data"},
+        "prior": {"z": "chain draw data latent"},
+        "prior_predictive": {"x": "chain draw data feature"},
+        "observed_data": {"x": "data feature"},
+        "sample_stats": dict.fromkeys(("log_p", "log_q", "log_weights"), "chain draw data")
+        | dict.fromkeys(("log_evidence", "log_evidence_error", "ess", "pareto_k"), "data"),
+    }
+    for group, variables in expected.items():
+        data = dataset(tree, group)
+        assert {name: " ".join(map(str, v.dims)) for name, v in data.data_vars.items()} == variables
+        assert all(sizes[dim] == size for dim, size in data.sizes.items())
+        assert data.attrs["inference_library"] == "pyro-ppl"
+    assert tree["observed_data"]["feature"].values.tolist() == ["a", "b", "c"]
+
+
+def test_numbers(tree, truth, x):
+    """Every group against the closed form of the model."""
+
+    def flat(group, name):
+        return torch.tensor(tree[group][name].values[0])
+
+    torch.testing.assert_close(torch.tensor(tree["observed_data"]["x"].values), x)
+    z = flat("posterior", "z")
+    exact = truth.posterior(x, 1.5)
+    error = exact.variance.sqrt() / math.sqrt(2000)
+    assert ((z.mean(0) - exact.mean) / error).abs().max() < 5
+    assert (z.var(0) / exact.variance - 1).abs().max() < 0.3
+    log_likelihood = dist.Normal(z @ truth.weight.T + truth.bias, truth.noise).to_event(1).log_prob(x)
+    torch.testing.assert_close(flat("log_likelihood", "x"), log_likelihood)
+    log_p = log_likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(flat("sample_stats", "log_p"), log_p)
+    torch.testing.assert_close(flat("sample_stats", "log_q"), exact.log_prob(z), atol=1e-4, rtol=1e-4)
+    log_weights = flat("sample_stats", "log_weights")
+    torch.testing.assert_close(log_weights, log_p - exact.log_prob(z), atol=1e-4, rtol=1e-4)
+    stats = {name: torch.tensor(tree["sample_stats"][name].values) for name in ("log_evidence", "log_evidence_error")}
+    torch.testing.assert_close(stats["log_evidence"], log_weights.double().logsumexp(0) - math.log(2000))
+    assert ((stats["log_evidence"] - truth.log_evidence(x)) / stats["log_evidence_error"]).abs().max() < 5
+    replicated, mean = flat("posterior_predictive", "x"), exact.mean @ truth.weight.T + truth.bias
+    spread = truth.weight @ exact.covariance_matrix[0] @ truth.weight.T + truth.noise**2 * torch.eye(3)
+    assert ((replicated.mean(0) - mean) / (spread.diagonal() / 2000).sqrt()).abs().max() < 5
+    generated = flat("prior_predictive", "x").flatten(0, 1)
+    spread = truth.weight @ truth.weight.T + truth.noise**2 * torch.eye(3)
+    assert ((generated.mean(0) - truth.bias) / (spread.diagonal() / len(generated)).sqrt()).abs().max() < 5
+    assert (torch.cov(generated.T) / spread - 1).diagonal().abs().max() < 0.05
+    assert flat("prior", "z").std().item() == pytest.approx(1.0, abs=0.02)
+    evidence = importance_sampling(truth.model, lambda x: truth.guide(x, 1.5), x, num_particles=2000)
+    assert tree["sample_stats"]["ess"].values == pytest.approx(evidence.effective_sample_size.numpy(), rel=0.2)
+    assert (tree["sample_stats"]["pareto_k"].values < 0.7).all()
+
+
+def test_to_disk_and_back(tree, tmp_path):
+    tree.to_netcdf(str(tmp_path / "tree.nc"), engine="h5netcdf")
+    back = az.from_netcdf(str(tmp_path / "tree.nc"))
+    assert groups(back) == GROUPS
+    for group in GROUPS:
+        xr.testing.assert_identical(dataset(tree, group).load(), dataset(back, group).load())
+        assert dataset(back, group).attrs == dataset(tree, group).attrs
+
+
+def test_arviz_works_on_it(tree):
+    summary = az.summary(tree, var_names=["z"], kind="stats")
+    assert len(summary) == 40
+    import matplotlib.pyplot as plt
+
+    if ARVIZ_1:
+        az.plot_ppc_dist(tree)
+    else:
+        az.plot_ppc(tree, num_pp_samples=20)
+    plt.close("all")
+
+
+def test_inner_plates_get_their_names():
+    x = torch.randn(6, 3)
+
+    def model(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            m = pyro.sample("m", dist.Normal(0.0, 1.0))
+            with pyro.plate("columns", 3, dim=-1):
+                pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", len(x), dim=-2):
+            pyro.sample("m", dist.Normal(x.mean(-1, keepdim=True), 1.0))
+
+    tree = from_pyro_svi(model, guide, x, num_samples=10, plate="rows")
+    assert tree["posterior"]["m"].dims == ("chain", "draw", "rows")
+    assert tree["log_likelihood"]["x"].dims == ("chain", "draw", "rows", "columns")
+    np.testing.assert_array_equal(tree["observed_data"]["x"], x)
+    m = torch.tensor(tree["posterior"]["m"].values[0])
+    expected = dist.Normal(m.unsqueeze(-1), 1.0).log_prob(x)
+    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["x"].values[0]), expected)
+
+
+def test_images_and_chunks_of_rows():
+    vae, x = small_vae(), torch.bernoulli(torch.full((5000, 4, 4), 0.5))
+    tree = from_pyro_svi(vae.model, vae.guide, x, num_samples=3, dims={"x": ["height", "width"]})
+    assert tree["posterior_predictive"]["x"].dims == ("chain", "draw", "data", "height", "width")
+    np.testing.assert_array_equal(tree["observed_data"]["x"], x)
+    z = torch.tensor(tree["posterior"]["z"].values[0])
+    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["x"].values[0]), vae.decode(z).log_prob(x))
+
+
+def test_wrong_names_are_refused(truth, x):
+    with pytest.raises(ValueError, match=r"dims\['z'\]: expected 1 names for the event dimensions, or 2"):
+        from_pyro_svi(truth.model, truth.guide, x, num_samples=2, dims={"z": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match=r"coords\['data'\]: expected 20 labels, got \(3,\)"):
+        from_pyro_svi(truth.model, truth.guide, x, num_samples=2, coords={"data": [1, 2, 3]})
+
+
+# -- MCMC -------------------------------------------------------------------------------------------------------------
+
+
+def regression(predictor, y):
+    """A matrix product with a vector of coefficients: wrong under an extra dimension, so each draw is run by itself."""
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("data", len(predictor)):
+        pyro.sample("y", dist.Normal(predictor @ beta, scale), obs=y)
+
+
+@pytest.fixture
+def mcmc():
+    predictor = torch.randn(10, 3)
+    run = MCMC(NUTS(regression), num_samples=30, warmup_steps=30, num_chains=1, disable_progbar=True)
+    run.run(predictor, predictor.sum(-1) + 0.1 * torch.randn(10))
+    return run
+
+
+def test_mcmc(mcmc, tmp_path):
+    tree = from_pyro(mcmc, dims={"beta": ["coefficient"]})
+    assert groups(tree) == GROUPS
+    assert tree["posterior"]["beta"].dims == ("chain", "draw", "coefficient")
+    assert tree["posterior_predictive"]["y"].dims == ("chain", "draw", "data")
+    assert tree["sample_stats"]["diverging"].dtype == bool
+    predictor, y = mcmc._args
+    samples = mcmc.get_samples()
+    np.testing.assert_array_equal(tree["posterior"]["beta"].values[0], samples["beta"])
+    mean = samples["beta"] @ predictor.T
+    expected = dist.Normal(mean, samples["scale"][:, None]).log_prob(y)
+    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["y"].values[0]), expected)
+    residual = (torch.tensor(tree["posterior_predictive"]["y"].values[0]) - mean) / samples["scale"][:, None]
+    assert abs(residual.mean()) < 5 / math.sqrt(300)
+    assert residual.std().item() == pytest.approx(1.0, abs=0.2)
+    np.testing.assert_array_equal(tree["observed_data"]["y"], y)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # thirty draws, so k-hat is uncertain
+        assert az.loo(tree) is not None
+    tree.to_netcdf(str(tmp_path / "tree.nc"), engine="h5netcdf")
+    back = az.from_netcdf(str(tmp_path / "tree.nc"))
+    for group in GROUPS:
+        xr.testing.assert_identical(dataset(tree, group).load(), dataset(back, group).load())
+
+
+def test_mcmc_with_two_chains(mcmc):
+    mcmc._samples = {name: torch.cat([v, v + 1]) for name, v in mcmc._samples.items()}
+    mcmc._diagnostics = [{"divergences": [1, 3]}, {"divergences": [0]}]
+    tree = from_pyro(mcmc)
+    assert dict(tree["posterior"].sizes) == {"chain": 2, "draw": 30, "beta_dim_0": 3}
+    assert tree["sample_stats"]["diverging"].values.nonzero()[1].tolist() == [1, 3, 0]
+    np.testing.assert_array_equal(tree["posterior"]["beta"].values[1], mcmc._samples["beta"][1])
+    assert dict(tree["prior"].sizes) == {"chain": 1, "draw": 30, "beta_dim_0": 3}
+
+
+def test_mcmc_errors():
+    with pytest.raises(TypeError, match=r"expected a pyro.infer.MCMC after run"):
+        from_pyro(MCMC(NUTS(regression), num_samples=1))
+
+    @config_enumerate
+    def mixture(x):
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(m[..., k] if m.dim() == 1 else m[..., 0], 1.0), obs=x)
+
+    run = MCMC(NUTS(mixture), num_samples=5, warmup_steps=5, disable_progbar=True)
+    run.run(torch.randn(4))
+    with pytest.raises(ValueError, match=r"no draws of the latent sites \['k'\], which it summed out"):
+        from_pyro(run)
