@@ -97,7 +97,7 @@ def train_and_evaluate(vae: VAE, data: Data, x: Tensor, options: argparse.Namesp
         validation_data=data.validation,
         num_epochs=num_epochs,
         batch_size=options.batch_size,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_epochs),
         seed=options.seed,
         device=x.device,
@@ -127,11 +127,9 @@ def print_table(data_name: str, runs: dict[str, Run]) -> None:
         f"{f'median ESS of {full.num_particles}':>21}{f'k-hat > {full.threshold:.2f}':>15}"
     )
     for name, run in runs.items():
-        mean, images, particles = run.evidence.mean
-        log_p = f"{mean:.2f} ± {images:.2f} ± {particles:.2f}"
-        ess = run.evidence.effective_sample_size.nanmedian()
-        share = run.evidence.doubtful.double().mean()  # k-hat above the threshold, or unknown
-        print(f"{name:<10}{run.elbo.mean():>11.2f}{log_p:>33}{ess:>21.1f}{share:>15.1%}")
+        log_p = "{:.2f} ± {:.2f} ± {:.2f}".format(*run.evidence.mean)
+        ess, doubtful = run.evidence.effective_sample_size, run.evidence.doubtful  # k-hat too large, or unknown
+        print(f"{name:<10}{run.elbo.mean():>11.2f}{log_p:>33}{ess.nanmedian():>21.1f}{doubtful.double().mean():>15.1%}")
     gain = full.log_evidence - diagonal.log_evidence  # within an image: what makes it a hard one cancels
     error = (gain.var(correction=0) / (n - 1)).sqrt()
     print(
@@ -169,8 +167,8 @@ def draw_figures(data: Data, test: Tensor, runs: dict[str, Run], folder: Path) -
             plot_images(run.vae.generate(50, mean=True).unflatten(0, (5, 10)), ax=ax)
             ax.set_title(name)
 
-    title = "E[x|z] with one dimension of z moved from the mean of q(z|x); rows by mean KL(q‖p)"
-    with figure("traversal", title, 2, 12, 5.5) as axes:
+    title = "E[x|z] with one dimension of z moved away from the mean of q(z|x), by prior standard deviations"
+    with figure("traversal", f"{title}\n(in brackets: its KL(q‖p), mean over the test images)", 2, 12, 5.6) as axes:
         for ax, (name, run) in zip(axes, runs.items(), strict=True):
             plot_traversal(run.vae, test, ax)
             ax.set_title(name)
@@ -182,25 +180,23 @@ def draw_figures(data: Data, test: Tensor, runs: dict[str, Run], folder: Path) -
             ax.set(title=name, xlabel=labels[0], ylabel=labels[1])
         axes[0].get_legend().remove()  # the other one serves both
 
-    with figure(
-        "khat", "Pareto k-hat of the importance weights: the lower the better", 2, 12, 4.5, sharey=True
-    ) as axes:
+    with figure("khat", "Pareto k-hat of the importance weights: lower is better", 2, 12, 4.5, sharey=True) as axes:
         for ax, (name, run) in zip(axes, runs.items(), strict=True):
             plot_khat(run.evidence.pareto_khat, run.evidence.threshold, label=name, ax=ax)
             ax.set_xlabel("test image")
 
 
 def plot_traversal(vae: VAE, test: Tensor, ax: plt.Axes) -> None:
-    """Moves the dimensions that matter most, one at a time, away from the encoding of the first test image."""
+    """Moves the dimensions of largest mean KL, one at a time, away from the encoding of the first test image."""
     q_z = vae.encode(test)
     kl = 0.5 * (q_z.mean**2 + q_z.variance - 1 - q_z.variance.log()).mean(0)  # of each dimension's marginal to N(0, 1)
     dimensions = kl.argsort(descending=True)[:6].tolist()
-    steps = torch.arange(-3.0, 4.0, device=test.device)  # prior standard deviations
+    steps = torch.arange(-3.0, 4.0, device=test.device)
     z = q_z.mean[0].repeat(len(dimensions), len(steps), 1)
     for row, dimension in enumerate(dimensions):
         z[row, :, dimension] += steps
     row_labels = [f"$z_{{{d + 1}}}$ ({kl[d]:.1f} nats)" for d in dimensions]
-    column_labels = [f"{step:+.0f}".replace("-", "−") for step in steps.tolist()]
+    column_labels = ["−3", "−2", "−1", "0", "+1", "+2", "+3"]
     plot_images(vae.decode(z).mean, row_labels=row_labels, column_labels=column_labels, ax=ax)
 
 
@@ -231,19 +227,18 @@ def load_data(folder: Path) -> Data:
         print(f"No {folder} (apt-get install dataset-fashion-mnist): using the 8×8 digits of scikit-learn instead.")
         digits = datasets.load_digits()
         x, classes = torch.from_numpy(digits.images >= 8).float(), torch.from_numpy(digits.target)  # pixels are 0 … 16
-        names = tuple(map(str, digits.target_names))
-        return Data("digits", x[:1350], x[1350:1500], x[1500:], classes[1500:], names, num_epochs=200)
+        return Data("digits", x[:1350], x[1350:1500], x[1500:], classes[1500:], tuple("0123456789"), num_epochs=200)
 
     files = [folder / f"{name}-ubyte.gz" for name in ("train-images-idx3", "t10k-images-idx3", "t10k-labels-idx1")]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         fail(f"no Fashion-MNIST in {folder}: missing {', '.join(missing)}")
     train, test, classes = map(read_idx, files)
-    if train.shape[1:] != test.shape[1:] or len(test) != len(classes) or classes.max() >= len(CLASSES):
+    if train[0].shape != test[0].shape or classes.shape != test.shape[:1] or classes.max() >= len(CLASSES):
         fail(f"no Fashion-MNIST in {folder}: images and labels do not fit")
     train, test = ((x >= 128).float() for x in (train, test))  # x/255 >= 0.5
     held_out = len(train) // 12  # 5000 of 60000
-    return Data("Fashion-MNIST", train[:-held_out], train[-held_out:], test, classes, CLASSES, num_epochs=15)
+    return Data("Fashion-MNIST", train[:-held_out], train[-held_out:], test, classes, CLASSES, num_epochs=10)
 
 
 def read_idx(file: Path) -> Tensor:
@@ -260,7 +255,7 @@ def read_idx(file: Path) -> Tensor:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--num-epochs", type=at_least(1), help="passes over the training images (default: 15; 200 for the digits)")
+    add("--num-epochs", type=at_least(1), help="passes over the training images (default: 10; 200 for the digits)")
     add("--latent-size", type=at_least(2), default=10, help="dimensions of z (default: %(default)s)")
     add("--batch-size", type=at_least(1), default=128, help="images in a training step (default: %(default)s)")
     add("--num-particles", type=at_least(1), default=5000, help="draws per test image (default: %(default)s)")

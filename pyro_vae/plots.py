@@ -190,7 +190,7 @@ def plot_khat(khat: Any, threshold: float = 0.7, *, label: str | None = None, ax
     row = np.arange(len(khat))
     above = finite & (khat > threshold)
     ax = _axes(ax)
-    size = np.clip(4000 / max(len(khat), 1), 6, 30)
+    size = np.clip(9000 / max(len(khat), 1), 6, 30)
     for which, colour in ((finite & ~above, "tab:blue"), (above, "tab:red")):
         ax.scatter(row[which], khat[which], s=size, alpha=0.7, linewidths=0, color=colour)
     ax.axhline(threshold, color="0.2", linestyle="--", linewidth=1)

@@ -9,6 +9,7 @@ those of every module that model and guide call; `requires_grad_(False)` freezes
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -158,6 +159,7 @@ def fit(
                 break
         if best is not None:
             pair.restore(best)
+        optim.zero_grad(set_to_none=True)
     return result
 
 
@@ -200,7 +202,7 @@ def _evaluate(pair: _Pair, elbo: ELBO, batches: Batches) -> float:
             value = elbo.loss(pair.model, pair.guide, *batch.inputs)
             total += float(value[0] if isinstance(value, tuple) else value) / pair.data_points(batch) * batch.size
             rows += batch.size
-    return total / rows
+    return total / rows if math.isfinite(total) else math.inf  # which is never the lowest
 
 
 class _Pair:

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 

@@ -126,6 +126,11 @@ def test_features_are_found_or_asked_for():
         ConditionalNormal(nn.Flatten(), 2)
 
 
+def test_wrong_device_is_named():
+    with pytest.raises(ValueError, match=r"expected inputs on cpu, where the weights are, got meta.*Try to move one"):
+        ConditionalNormal(MLP(3, [4]), 2)(torch.zeros(5, 3, device="meta"))
+
+
 def test_wrong_dtype_is_named():
     with pytest.raises(TypeError, match=r"expected inputs of torch.float32, the weights' dtype, got torch.uint8"):
         ConditionalNormal(MLP(3, [4]), 2)(torch.zeros(5, 3, dtype=torch.uint8))
