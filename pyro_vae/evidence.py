@@ -126,7 +126,7 @@ def importance_sampling(
         *args: what both are called with; tensors as long as the plate are cut into rows.
         num_particles: K ≥ 1, of which exactly K are drawn.
         plate: name of the plate of data points.
-        chunk_size: particles × rows of one pass; default: as many as make 64 MiB of tensors. It decides which random
+        chunk_size: particles × rows of one pass; default: as many as make 24 MiB of tensors. It decides which random
             numbers meet which particle, and nothing else.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.

@@ -34,7 +34,7 @@ from pyro_vae.checks import check_rows, check_support
 
 __all__ = ["ParticleSampler", "Particles", "draw_particles", "evaluation_mode", "sample_sites", "site_log_prob"]
 
-CHUNK_BYTES = 64 * 2**20  # of tensors made per pass: about what stays in the caches of a CPU
+CHUNK_BYTES = 24 * 2**20  # of tensors made per pass: what the caches of a CPU hold, more or less
 PARTICLE_PLATE = "num_particles_vectorized"  # as Pyro's own vectorized ELBOs call it
 
 
@@ -240,7 +240,7 @@ class ParticleSampler:
         Args:
             num_particles: K.
             chunk_size: particles × rows of one pass, at most, where rows can be told apart at all; default: as many
-                as make 64 MiB of tensors.
+                as make 24 MiB of tensors.
         """
         cells = max(1, self._cells() if chunk_size is None else chunk_size)
         rows = self._fixed or self.num_points

@@ -1,0 +1,48 @@
+"""The examples, as a user runs them, with small settings."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import arviz as az
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+pytest.importorskip("sklearn")
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "error", EXAMPLES / "fashion_mnist.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+
+
+def test_fashion_mnist_or_the_digits(tmp_path):
+    out = run("--num-epochs", "1", "--limit", "10", "--num-particles", "50", "--output", tmp_path / "out")
+    assert out.returncode == 0, out.stderr
+    if not FASHION_MNIST.is_dir():
+        assert "apt-get install dataset-fashion-mnist" in out.stdout
+    assert "diagonal" in out.stdout
+    assert "full" in out.stdout
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    figures = {"training", "reconstructions", "samples", "traversal", "embedding", "khat"}
+    assert {f"{name}.png" for name in figures} <= files
+    for name in ("diagonal", "full"):
+        assert f"weights_{name}.pt" in files
+        tree = az.from_netcdf(str(tmp_path / "out" / f"posterior_{name}.nc"))
+        assert tree["posterior"]["z"].dims[:3] == ("chain", "draw", "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--data", "/proc/nowhere"], "no Fashion-MNIST in /proc/nowhere: missing train-images-idx3-ubyte.gz"),
+        (["--num-epochs", "0"], "expected at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_training(tmp_path, arguments, message):
+    out = run("--output", tmp_path, *arguments)
+    assert out.returncode == 2
+    assert message in out.stderr
+    assert "Traceback" not in out.stderr
