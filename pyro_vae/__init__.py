@@ -6,7 +6,7 @@ them stands any Pyro (model, guide) pair, of which `VAE` writes one. ArviZ and m
 
 from typing import Any
 
-from pyro_vae.evidence import Evidence, importance_sampling
+from pyro_vae.evidence import Evidence, importance_sampling, prior_sampling
 from pyro_vae.particles import Particles, draw_particles
 from pyro_vae.training import FitResult, fit
 from pyro_vae.vae import VAE
@@ -22,6 +22,7 @@ __all__ = [
     "from_pyro",
     "from_pyro_svi",
     "importance_sampling",
+    "prior_sampling",
 ]
 
 

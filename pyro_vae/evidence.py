@@ -20,17 +20,18 @@ neither K nor N.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log, log10, sqrt
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.particles import ParticleSampler, check_num_particles, evaluation_mode
 from pyro_vae.progress import progress_bar
 
-__all__ = ["Evidence", "LogWeightSummary", "importance_sampling", "pareto_khat"]
+__all__ = ["Evidence", "LogWeightSummary", "importance_sampling", "pareto_khat", "prior_sampling"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,6 +168,54 @@ def importance_sampling(
                 parts.append(summary.result())
     values = [torch.cat([part[i] for part in parts]) for i in range(4)]
     return Evidence(*values, num_particles, "lower bound on log p(x) in expectation", "importance_sampling")
+
+
+def prior_sampling(
+    model: Callable,
+    guide: Callable | None,
+    *args: Any,
+    num_particles: int = 5000,
+    plate: str = "data",
+    chunk_size: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Evidence:
+    """Estimates log p(x) of each data point by simple Monte Carlo, log 1/K Σ p(x|z_k), z_k ~ p(z).
+
+    Importance sampling with the prior as proposal. p̂(x) is unbiased, but where the posterior is much narrower than the
+    prior, which is soon the case beyond a few latent dimensions, hardly a draw hits it: a check, not a method.
+
+    Args:
+        model: as in `importance_sampling`, whose other arguments are the same.
+        guide: not used; it is there so that estimators can be exchanged.
+        *args: what the model is called with.
+        num_particles: K ≥ 1.
+        plate: name of the plate of data points.
+        chunk_size: particles × rows of one pass.
+        progress: show a progress bar, if on a terminal.
+        **kwargs: what the model is called with.
+
+    Returns:
+        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation.
+
+    Raises:
+        ValueError: as `draw_particles`.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> pyro.set_rng_seed(0)
+        >>> evidence = prior_sampling(model, None, torch.tensor([0.0]), num_particles=1000)
+        >>> exact = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.0]))
+        >>> bool((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error)
+        True
+    """
+    prior = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
+    options = {"num_particles": num_particles, "plate": plate, "chunk_size": chunk_size, "progress": progress}
+    return replace(importance_sampling(model, prior, *args, **options, **kwargs), method="prior_sampling")
 
 
 class LogWeightSummary:

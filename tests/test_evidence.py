@@ -11,7 +11,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from truths import LinearGaussian, quadrature, small_vae
 
-from pyro_vae import fit, importance_sampling
+from pyro_vae import fit, importance_sampling, prior_sampling
 from pyro_vae.evidence import LogWeightSummary, pareto_khat
 
 
@@ -60,6 +60,20 @@ def test_three_guides_are_told_apart():
     z = (wide.log_evidence - truth.log_evidence(x)) / wide.standard_error
     assert z.abs().max() < 5
     assert (narrow.log_evidence - truth.log_evidence(x)).mean() < 0  # a lower bound
+
+
+def test_prior_sampling_needs_no_guide_and_fails_visibly_in_many_dimensions():
+    easy, hard = LinearGaussian(1, 2, noise=1.5), LinearGaussian(20, 30, noise=0.3)
+    x = easy.sample(40)
+    evidence = prior_sampling(easy.model, None, x, num_particles=20_000)
+    z = (evidence.log_evidence - easy.log_evidence(x)) / evidence.standard_error
+    assert 0.5 < z.abs().max() < 5
+    assert not evidence.doubtful.any()
+    x = hard.sample(10)
+    evidence = prior_sampling(hard.model, None, x, num_particles=5000)
+    assert evidence.doubtful.all()
+    assert (evidence.log_evidence < hard.log_evidence(x) - 5).all()
+    assert "by prior_sampling" in repr(evidence)
 
 
 def test_error_bars_cover_the_truth():
