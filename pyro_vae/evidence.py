@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import ceil, log, log10, sqrt
+from math import ceil, log, log10, nan, sqrt
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class Evidence:
 
     @property
     def threshold(self) -> float:
-        """The largest k-hat to trust with this many particles, min(1 − 1/log₁₀ K, 0.7)."""
-        return min(1 - 1 / log10(max(self.num_particles, 2)), 0.7)
+        """The largest k-hat to trust with this many particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21, without k-hat."""
+        return min(1 - 1 / log10(self.num_particles), 0.7) if self.num_particles > 20 else nan
 
     @property
     def doubtful(self) -> Tensor:
@@ -71,13 +71,14 @@ class Evidence:
     def mean(self) -> tuple[float, float, float]:
         """Mean of log p(x) over the finite points, its standard error from the N points, and that from the particles.
 
-        The first error is the spread of the data, sd/√N, the second √Σ se² / N; they add in quadrature.
+        The first error is the spread of the data, sd/√N (NaN for one point), the second √Σ se² / N, which is too small
+        where points are `doubtful`; they add in quadrature.
         """
         x, se = self.log_evidence, self.standard_error
         finite = torch.isfinite(x)
         x, se = x[finite], se[finite]
         n = max(len(x), 1)
-        sd = x.std().item() if n > 1 else 0.0
+        sd = x.std().item() if n > 1 else nan
         return x.mean().item(), sd / sqrt(n), se.square().sum().sqrt().item() / n
 
     def __repr__(self) -> str:
@@ -92,7 +93,7 @@ class Evidence:
             f"largest {self.standard_error.nan_to_num(0).max():.3f}",
             f"  effective sample size  median {ess.nanmedian():.1f}, smallest {ess.nan_to_num(0).min():.1f}",
             f"  Pareto k-hat           {khat_line}{int(self.doubtful.sum())} of {n} points not to trust "
-            f"(above {self.threshold:.2f})",
+            + (f"(above {self.threshold:.2f})" if len(known) else "(too few particles to tell)"),
             f"  bound                  {self.bound}",
         ]
         bad = (~torch.isfinite(self.log_evidence)).nonzero().flatten().tolist()
@@ -257,7 +258,7 @@ class LogWeightSummary:
         first, second = self._sums
         k = self.num_particles
         ess = (2 * first - second).exp().clamp(max=k)
-        error = (1 / ess - 1 / k).clamp(min=0).sqrt() if k > 1 else torch.full_like(ess, float("nan"))
+        error = (1 / ess - 1 / k).clamp(min=0).sqrt() if k > 1 else torch.full_like(ess, nan)
         return first - log(k), error, ess, _khat_of_tail(self._top, self._tail_length, self._tolerance)
 
 
@@ -287,7 +288,7 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
 
 def _khat_of_tail(top: Tensor, length: int, tolerance: float) -> Tensor:
     """k-hat from the `length` largest log-weights and the one before them, (length + 1, n), descending."""
-    khat = torch.full_like(top[0], float("nan"))
+    khat = torch.full_like(top[0], nan)
     if length < 5 or len(top) <= length:
         return khat
     largest, cutoff = top[0], top[length]

@@ -243,3 +243,7 @@ def test_summary_reads_well():
     assert "Evidence of 20 data points by importance_sampling, 500 particles each (nats)" in text
     assert "of 20 points not to trust (above 0.63)" in text
     assert "lower bound on log p(x) in expectation" in text
+    few = importance_sampling(truth.model, truth.guide, truth.sample(1), num_particles=20)
+    assert "1 of 1 points not to trust (too few particles to tell)" in repr(few)
+    assert math.isnan(few.mean[1])  # one point has no spread
+    assert math.isnan(few.threshold)
