@@ -59,7 +59,7 @@ class Evidence:
 
     @property
     def threshold(self) -> float:
-        """The largest k-hat to trust with this many particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21, without k-hat."""
+        """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21, where there is none."""
         return min(1 - 1 / log10(self.num_particles), 0.7) if self.num_particles > 20 else nan
 
     @property
