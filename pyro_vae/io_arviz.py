@@ -24,7 +24,14 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evidence import LogWeightSummary
-from pyro_vae.particles import Particles, ParticleSampler, evaluation_mode, sample_sites, site_log_prob
+from pyro_vae.particles import (
+    Particles,
+    ParticleSampler,
+    check_num_particles,
+    evaluation_mode,
+    sample_sites,
+    site_log_prob,
+)
 from pyro_vae.progress import progress_bar
 
 __all__ = ["from_pyro", "from_pyro_svi"]
@@ -80,6 +87,7 @@ def from_pyro_svi(
         >>> tree["posterior"]["z"].dims
         ('chain', 'draw', 'data', 'latent')
     """
+    num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
     groups = _Groups(coords, dims)
     generative = poutine.uncondition(model)
@@ -92,8 +100,7 @@ def from_pyro_svi(
                 for count in counts:
                     draws, stop = slice(stop, stop + count), stop + count
                     put = _Chunk(groups, sampler, (num_samples, sampler.num_points), (draws, rows))
-                    guide_trace = sampler.run(guide, count, rows)
-                    model_trace = sampler.run(poutine.replay(model, guide_trace), count, rows)
+                    guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
                     put.sites(model_trace, latent="posterior")
                     put.sites(sampler.run(poutine.replay(generative, guide_trace), count, rows), "posterior_predictive")
                     put.sites(sampler.run(generative, count, rows), "prior_predictive", latent="prior")

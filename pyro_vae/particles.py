@@ -276,6 +276,12 @@ class ParticleSampler:
         """K particles for each of `rows` (default: all). `check`: refuse data that are not finite or not in support."""
         if self._fixed and rows is None:
             return _concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
+        return self.weigh(*self.traces(num_particles, rows, check=check), rows)
+
+    def traces(
+        self, num_particles: int, rows: slice | None = None, *, check: bool = True
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        """Traces of the guide, and of the model replayed against it; arguments as `draw`."""
         start = rows.start if rows else 0
         if check:
             check_rows(self._cut(rows), start=start)
@@ -285,7 +291,7 @@ class ParticleSampler:
             for name, site in sample_sites(model_trace).items():
                 if site["is_observed"]:
                     check_support(name, site, start=start)
-        return self.weigh(guide_trace, model_trace, rows)
+        return guide_trace, model_trace
 
     def weigh(self, guide_trace: poutine.Trace, model_trace: poutine.Trace, rows: slice | None = None) -> Particles:
         """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
@@ -347,9 +353,9 @@ def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
     }
 
 
-def check_num_particles(num_particles: int) -> int:
+def check_num_particles(num_particles: int, name: str = "num_particles") -> int:
     if not num_particles >= 1:
-        raise ValueError(f"num_particles: expected at least 1, got {num_particles}.")
+        raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
     return int(num_particles)
 
 

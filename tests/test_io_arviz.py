@@ -169,6 +169,18 @@ def test_wrong_names_are_refused(truth, x):
         from_pyro_svi(truth.model, truth.guide, x, num_samples=2, coords={"data": [1, 2, 3]})
 
 
+def test_bad_data_are_refused(truth, x):
+    broken = x.clone()
+    broken[7] = math.nan
+    with pytest.raises(ValueError, match="rows are NaN or infinite, the first at row 7"):
+        from_pyro_svi(truth.model, truth.guide, broken, num_samples=2)
+    vae = small_vae()
+    with pytest.raises(ValueError, match="outside the support of Bernoulli"):
+        from_pyro_svi(vae.model, vae.guide, torch.full((5, 4, 4), 0.5), num_samples=2)
+    with pytest.raises(ValueError, match="num_samples: expected at least 1, got 0"):
+        from_pyro_svi(truth.model, truth.guide, x, num_samples=0)
+
+
 # -- MCMC -------------------------------------------------------------------------------------------------------------
 
 
