@@ -28,8 +28,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.particles import ParticleSampler, check_num_particles, evaluation_mode
+from pyro_vae.particles import ParticleSampler, check_num_particles
 from pyro_vae.progress import progress_bar
+from pyro_vae.traces import evaluation_mode
 
 __all__ = ["Evidence", "LogWeightSummary", "importance_sampling", "pareto_khat", "prior_sampling"]
 

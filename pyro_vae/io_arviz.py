@@ -24,15 +24,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evidence import LogWeightSummary
-from pyro_vae.particles import (
-    Particles,
-    ParticleSampler,
-    check_num_particles,
-    evaluation_mode,
-    sample_sites,
-    site_log_prob,
-)
+from pyro_vae.particles import Particles, ParticleSampler, check_num_particles
 from pyro_vae.progress import progress_bar
+from pyro_vae.traces import evaluation_mode, sample_sites, site_log_prob, values
 
 __all__ = ["from_pyro", "from_pyro_svi"]
 
@@ -89,6 +83,11 @@ def from_pyro_svi(
     """
     num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    if sampler.layout.summed:
+        raise ValueError(
+            f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.layout.summed)}, which are "
+            "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that has them."
+        )
     groups = _Groups(coords, dims)
     generative = poutine.uncondition(model)
     points: list[tuple[Tensor, ...]] = []
@@ -162,7 +161,7 @@ def from_pyro(
     first = {name: value[0, 0] for name, value in samples.items()}
     plates: dict[str, list[str | None]] = {}
     if model is not None:
-        trace = poutine.trace(poutine.replay(model, _values(first))).get_trace(*args, **kwargs)
+        trace = poutine.trace(poutine.replay(model, values(first))).get_trace(*args, **kwargs)
         sites = sample_sites(trace)
         plates = {name: _batch_dims(site) for name, site in sites.items()}
         unseen = [name for name, site in sites.items() if not site["is_observed"] and name not in samples]
@@ -183,9 +182,9 @@ def from_pyro(
     draws: dict[tuple[str, str], list[Tensor]] = {}
     with torch.no_grad(), progress_bar(num_chains * num_draws, "draws for ArviZ", progress) as bar:
         for i in range(num_chains * num_draws):
-            values = _values({name: value.flatten(0, 1)[i] for name, value in samples.items()})
-            runs = {"log_likelihood": poutine.replay(model, values)}
-            runs["posterior_predictive"] = poutine.replay(generative, values)
+            draw = values({name: value.flatten(0, 1)[i] for name, value in samples.items()})
+            runs = {"log_likelihood": poutine.replay(model, draw)}
+            runs["posterior_predictive"] = poutine.replay(generative, draw)
             if i < num_draws:
                 runs["prior"] = generative
             for group, function in runs.items():
@@ -200,8 +199,8 @@ def from_pyro(
     for name, site in sites.items():
         if site["is_observed"]:
             groups.put("observed_data", name, site["value"], plates[name])
-    for (group, name), values in draws.items():
-        groups.put(group, name, torch.stack(values), plates[name], draws=True)
+    for (group, name), drawn in draws.items():
+        groups.put(group, name, torch.stack(drawn), plates[name], draws=True)
     return groups.tree()
 
 
@@ -298,18 +297,20 @@ class _Chunk:
         for name, site in sample_sites(trace).items():
             group = predictive if site["infer"].get("was_observed") else None if site["is_observed"] else latent
             if group is not None:
-                self.draws(group, name, self.sampler.align(site, self.at[1]), self.sampler.plates(site))
+                self.draws(group, name, self.sampler.layout.align(site, self.at[1]), self.sampler.layout.plates(site))
 
     def observed(self, model_trace: poutine.Trace) -> None:
         for name, site in sample_sites(model_trace).items():
             if site["is_observed"]:
-                batch, rows = self.sampler.plates(site), self.at[1]
-                self.draws("log_likelihood", name, self.sampler.align(site, rows, value=site_log_prob(site)), batch)
-                value = self.sampler.align(site, rows)[0]
+                batch, rows = self.sampler.layout.plates(site), self.at[1]
+                self.draws(
+                    "log_likelihood", name, self.sampler.layout.align(site, rows, value=site_log_prob(site)), batch
+                )
+                value = self.sampler.layout.align(site, rows)[0]
                 self.groups.put("observed_data", name, value, batch, at=(rows,), size=self.size[1:])
 
     def stats(self, particles: Particles) -> None:
-        batch = [self.sampler.plate]
+        batch = [self.sampler.layout.plate]
         self.draws("sample_stats", "log_p", particles.log_prior + particles.log_likelihood, batch)
         self.draws("sample_stats", "log_q", particles.log_posterior, batch)
         self.draws("sample_stats", "log_weights", particles.log_weight, batch)
@@ -324,14 +325,6 @@ _GROUPS = (
     "prior_predictive",
     "observed_data",
 )
-
-
-def _values(values: dict[str, Tensor]) -> poutine.Trace:
-    """A trace with these values, to replay a model against."""
-    trace = poutine.Trace()
-    for name, value in values.items():
-        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
-    return trace
 
 
 def _batch_dims(site: dict) -> list[str | None]:

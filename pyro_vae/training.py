@@ -24,8 +24,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae.batches import Batch, Batches
-from pyro_vae.particles import evaluation_mode
 from pyro_vae.progress import progress_bar
+from pyro_vae.traces import evaluation_mode
 
 __all__ = ["FitResult", "fit"]
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_vae.checks import check_support
 from pyro_vae.distributions import condition
-from pyro_vae.particles import evaluation_mode
+from pyro_vae.traces import evaluation_mode
 
 __all__ = ["VAE"]
 

@@ -19,11 +19,13 @@ MAY_IMPORT = {
     "progress": set(),
     "distributions": {"gaussians"},
     "batches": {"checks"},
-    "particles": {"checks"},
-    "vae": {"checks", "distributions", "particles"},
-    "evidence": {"particles", "progress"},
-    "training": {"batches", "particles", "progress"},
-    "io_arviz": {"evidence", "particles", "progress"},
+    "traces": set(),
+    "layout": {"traces"},
+    "particles": {"checks", "layout", "traces"},
+    "vae": {"checks", "distributions", "traces"},
+    "evidence": {"particles", "progress", "traces"},
+    "training": {"batches", "progress", "traces"},
+    "io_arviz": {"evidence", "particles", "progress", "traces"},
 }
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from truths import LinearGaussian, small_vae
 
 from pyro_vae import draw_particles, importance_sampling
-from pyro_vae.particles import ParticleSampler, evaluation_mode
+from pyro_vae.particles import ParticleSampler
+from pyro_vae.traces import evaluation_mode
 
 
 def exact_pair(size=None, subsample=None, lookup=False):
@@ -274,7 +275,7 @@ def other_dim(x):
     [
         (
             (no_plate, no_plate),
-            r"no plate 'data' in model and guide \(their plates: none\).*Try: with pyro.plate\('data'",
+            r"no plate 'data' in model and guide \(their plates: none\).*Try with pyro.plate\('data'",
         ),
         ((two_plates, two_plates), r"their plates: 'rows' \(5\), 'columns' \(2\).*Try plate=… with one of these names"),
         (
