@@ -6,7 +6,10 @@ them stands any Pyro (model, guide) pair, of which `VAE` writes one. ArviZ and m
 
 from typing import Any
 
-from pyro_vae.evidence import Evidence, importance_sampling, prior_sampling
+from pyro_vae.adaptation import adaptive_importance_sampling
+from pyro_vae.annealing import annealed_importance_sampling
+from pyro_vae.evidence import Evidence
+from pyro_vae.importance import importance_sampling, prior_sampling
 from pyro_vae.particles import Particles, draw_particles
 from pyro_vae.training import FitResult, fit
 from pyro_vae.vae import VAE
@@ -17,6 +20,8 @@ __all__ = [
     "Evidence",
     "FitResult",
     "Particles",
+    "adaptive_importance_sampling",
+    "annealed_importance_sampling",
     "draw_particles",
     "fit",
     "from_pyro",

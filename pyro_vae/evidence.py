@@ -1,6 +1,6 @@
 r"""Evidence: log p(x) of every data point, with an error bar and a verdict on it.
 
-With log-weights log w_k = log p(x, z_k) − log q(z_k|x), z_k ~ q(z|x), the importance sampling estimate is
+With log-weights log w_k = log p(x, z_k) − log q(z_k|x), z_k ~ q(z|x), every estimator here is a log-mean-exp,
 
     log p̂(x) = log 1/K Σ_k w_k,   E log p̂(x) ≤ log p(x) = log E w,
 
@@ -9,30 +9,34 @@ theorem 1); its bias is −Var(w) / (2 K p(x)²) + O(1/K²) (Nowozin 2018). What
 
 - effective sample size, ESS = (Σ w)² / Σ w², between 1 and K;
 - standard error of log p̂ by the delta method, √(1/ESS − 1/K): it needs weights of finite variance;
-- Pareto k-hat, the shape of a generalized Pareto distribution fitted to the largest weights: above
-  min(1 − 1/log₁₀ K, 0.7) neither the estimate nor its standard error can be trusted (Vehtari et al. 2024, *Pareto
-  Smoothed Importance Sampling*, JMLR 25(72)). It is fitted as Zhang & Stephens (2009, Technometrics 51) do.
+- Pareto k-hat, the shape of the weights' tail (`pyro_vae.pareto`);
+- corrections of the bias, on request: + ½ (1/ESS − 1/K) by the delta method; or the jackknife, K L_K − (K − 1) times
+  the mean of L_{K−1} over the K subsets of K − 1 weights, whose bias is O(1/K²) (Nowozin 2018, *Debiasing Evidence
+  Approximations*). Neither is a bound any more.
 
-Weights stream through in chunks; sums are kept in float64 and of the weights only the tail, so that memory depends on
-neither K nor N.
+Weights stream through in chunks; sums are kept in float64 and of the weights only the largest, so that memory depends
+on neither K nor N.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import ceil, log, log10, nan, sqrt
-from typing import Any
+from dataclasses import dataclass
+from math import log, log10, nan, sqrt
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.particles import ParticleSampler, check_num_particles
+from pyro_vae.pareto import fit_tail, tail_length
+from pyro_vae.particles import ParticleSampler
 from pyro_vae.progress import progress_bar
 from pyro_vae.traces import evaluation_mode
 
-__all__ = ["Evidence", "LogWeightSummary", "importance_sampling", "pareto_khat", "prior_sampling"]
+__all__ = ["LOWER_BOUND", "UPPER_BOUND", "Evidence", "LogWeightSummary", "collect", "pareto_khat"]
+
+LOWER_BOUND = "lower bound on log p(x) in expectation"
+UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
+NO_BOUND = "estimate of log p(x), neither a lower nor an upper bound"
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,120 +108,51 @@ class Evidence:
         return "\n".join(lines)
 
 
-def importance_sampling(
-    model: Callable,
-    guide: Callable,
-    *args: Any,
-    num_particles: int = 5000,
-    plate: str = "data",
+def collect(
+    sampler: ParticleSampler,
+    prepare: Callable[[slice], Callable[[int], Tensor]],
+    num_particles: int,
+    *,
+    method: str,
+    bound: str = LOWER_BOUND,
+    exact: bool = False,
+    smooth: bool = False,
+    correction: str | None = None,
     chunk_size: int | None = None,
+    tensors: float = 1.0,
     progress: bool = True,
-    **kwargs: Any,
 ) -> Evidence:
-    """Estimates log p(x) of each data point by importance sampling, log 1/K Σ p(x, z_k)/q(z_k|x), z_k ~ q(z|x).
-
-    Works on any pair with its data points in a plate; runs without gradients and with modules in evaluation mode.
-    A row of `args` may depend on no other row. Fails, and says so by k-hat and ESS, where q is narrower than the
-    posterior or high-dimensional.
-
-    References:
-        Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
+    """Evidence from log-weights, for chunks of rows and of particles.
 
     Args:
-        model: a Pyro model with the data points in a plate called `plate`, at any depth.
-        guide: its guide.
-        *args: what both are called with; tensors as long as the plate are cut into rows.
-        num_particles: K ≥ 1, of which exactly K are drawn.
-        plate: name of the plate of data points.
-        chunk_size: particles × rows of one pass; default: as many as make 24 MiB of tensors. It decides which random
-            numbers meet which particle, and nothing else.
+        sampler: of the pair.
+        prepare: rows -> a function: count -> new log-weights (count, N). With `exact`, the first call is for one.
+        num_particles: K.
+        method: name of the estimator.
+        bound: what the estimate is a bound of.
+        exact: the first particle of each row is given, and passed alone.
+        smooth: replace the tail of the weights by that of the fitted Pareto distribution.
+        correction: of the bias: None, "delta" or "jackknife".
+        chunk_size: particles × rows of one pass.
+        tensors: how many times the tensors of one log-weight a pass makes.
         progress: show a progress bar, if on a terminal.
-        **kwargs: what both are called with.
-
-    Returns:
-        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation. No error bar where K = 1 (NaN).
-
-    Raises:
-        ValueError: as `draw_particles`.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> def guide(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x / 2, 1.0))
-        >>> pyro.set_rng_seed(0)
-        >>> evidence = importance_sampling(model, guide, torch.tensor([0.0, 2.0]), num_particles=1000)
-        >>> exact = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.0, 2.0]))
-        >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error).all())
-        True
     """
-    num_particles = check_num_particles(num_particles)
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    if smooth or correction is not None:
+        bound = NO_BOUND
     parts = []
     with torch.no_grad(), evaluation_mode():
-        rows, counts = sampler.chunks(num_particles, chunk_size)
-        with progress_bar(sampler.num_points * num_particles, "importance sampling", progress) as bar:
+        rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors)
+        with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
             for r in rows:
-                summary = LogWeightSummary(num_particles)
-                for i, count in enumerate(counts):
-                    log_weight = sampler.draw(count, r, check=i == 0).log_weight
+                draw = prepare(r)
+                summary = LogWeightSummary(num_particles, smooth=smooth, correction=correction)
+                for count in [1] * exact + counts:
+                    log_weight = draw(count)
                     summary.update(log_weight)
                     bar.update(log_weight.numel())
                 parts.append(summary.result())
     values = [torch.cat([part[i] for part in parts]) for i in range(4)]
-    return Evidence(*values, num_particles, "lower bound on log p(x) in expectation", "importance_sampling")
-
-
-def prior_sampling(
-    model: Callable,
-    guide: Callable | None,
-    *args: Any,
-    num_particles: int = 5000,
-    plate: str = "data",
-    chunk_size: int | None = None,
-    progress: bool = True,
-    **kwargs: Any,
-) -> Evidence:
-    """Estimates log p(x) of each data point by simple Monte Carlo, log 1/K Σ p(x|z_k), z_k ~ p(z).
-
-    Importance sampling with the prior as proposal. p̂(x) is unbiased, but where the posterior is much narrower than the
-    prior, which is soon the case beyond a few latent dimensions, hardly a draw hits it: a check, not a method.
-
-    Args:
-        model: as in `importance_sampling`, whose other arguments are the same.
-        guide: not used; it is there so that estimators can be exchanged.
-        *args: what the model is called with.
-        num_particles: K ≥ 1.
-        plate: name of the plate of data points.
-        chunk_size: particles × rows of one pass.
-        progress: show a progress bar, if on a terminal.
-        **kwargs: what the model is called with.
-
-    Returns:
-        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation.
-
-    Raises:
-        ValueError: as `draw_particles`.
-
-    Example:
-        >>> import pyro, pyro.distributions as dist
-        >>> def model(x):
-        ...     with pyro.plate("data", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> pyro.set_rng_seed(0)
-        >>> evidence = prior_sampling(model, None, torch.tensor([0.0]), num_particles=1000)
-        >>> exact = dist.Normal(0.0, 2**0.5).log_prob(torch.tensor([0.0]))
-        >>> bool((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error)
-        True
-    """
-    prior = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
-    options = {"num_particles": num_particles, "plate": plate, "chunk_size": chunk_size, "progress": progress}
-    return replace(importance_sampling(model, prior, *args, **options, **kwargs), method="prior_sampling")
+    return Evidence(*values, num_particles, bound, method)
 
 
 class LogWeightSummary:
@@ -225,6 +160,8 @@ class LogWeightSummary:
 
     Args:
         num_particles: K in total, which decides how many of the largest weights are kept.
+        smooth: replace the tail of the weights by that of the fitted Pareto distribution.
+        correction: of the bias: None, "delta" or "jackknife".
 
     Example:
         >>> summary = LogWeightSummary(100)
@@ -234,12 +171,19 @@ class LogWeightSummary:
         [1.0, 0.0, 100.0, -inf]
     """
 
-    def __init__(self, num_particles: int) -> None:
-        self.num_particles = num_particles
+    def __init__(self, num_particles: int, *, smooth: bool = False, correction: str | None = None) -> None:
+        if correction not in (None, "delta", "jackknife"):
+            raise ValueError(f"correction: expected None, 'delta' or 'jackknife', got {correction!r}.")
+        if correction is not None and num_particles < 2:
+            raise ValueError(f"correction={correction!r} needs num_particles of at least 2, got {num_particles}.")
+        self.num_particles, self.smooth, self.correction = num_particles, smooth, correction
         self.count = 0
-        self._tail_length = ceil(min(0.2 * num_particles, 3 * sqrt(num_particles)))
-        self._top: Tensor | None = None  # the largest, and one more as the threshold
-        self._sums: Tensor | None = None  # log Σ w and log Σ w², (2, n)
+        self._tail_length = tail_length(num_particles)
+        # the tail and one more as its threshold; the jackknife sums a series in the others, each below 1/100 of all
+        self._kept = max(self._tail_length + 1, min(num_particles, 100))
+        self._powers = 4 if correction == "jackknife" else 2
+        self._top: Tensor | None = None
+        self._rest: Tensor | float = -float("inf")  # log Σ wᵖ of those that are not kept, for p = 1, 2, …
         self._tolerance = 0.0
 
     def update(self, log_weight: Tensor) -> None:
@@ -247,20 +191,46 @@ class LogWeightSummary:
         self._tolerance = max(self._tolerance, sqrt(torch.finfo(log_weight.dtype).eps))
         log_weight = log_weight.double()
         self.count += len(log_weight)
-        sums = torch.stack([log_weight.logsumexp(0), (2 * log_weight).logsumexp(0)])
-        self._sums = sums if self._sums is None else torch.logaddexp(self._sums, sums)
-        top = log_weight if self._top is None else torch.cat([self._top, log_weight])
-        self._top = top.topk(min(self._tail_length + 1, len(top)), dim=0).values
+        every = log_weight if self._top is None else torch.cat([self._top, log_weight])
+        self._top, kept = every.topk(min(self._kept, len(every)), dim=0)
+        if len(every) > len(kept):
+            rest = every.scatter(0, kept, -float("inf"))
+            sums = torch.stack([(p * rest).logsumexp(0) for p in range(1, self._powers + 1)])
+            self._rest = torch.logaddexp(torch.as_tensor(self._rest).to(sums), sums)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log evidence, its standard error, effective sample size and k-hat, each (n,), float64."""
-        if self.count != self.num_particles:
-            raise ValueError(f"expected {self.num_particles} log-weights per point, got {self.count}.")
-        first, second = self._sums
         k = self.num_particles
+        if self.count != k:
+            raise ValueError(f"expected {k} log-weights per point, got {self.count}.")
+        top = self._top
+        khat, smoothed = fit_tail(top, self._tail_length, self._tolerance)
+        if self.smooth:
+            top = torch.cat([smoothed, top[len(smoothed) :]])
+        rest = torch.as_tensor(self._rest).to(top).expand(self._powers, *top.shape[1:])
+        first, second = (torch.logaddexp((p * top).logsumexp(0), rest[p - 1]) for p in (1, 2))
         ess = (2 * first - second).exp().clamp(max=k)
-        error = (1 / ess - 1 / k).clamp(min=0).sqrt() if k > 1 else torch.full_like(ess, nan)
-        return first - log(k), error, ess, _khat_of_tail(self._top, self._tail_length, self._tolerance)
+        variance = (1 / ess - 1 / k).clamp(min=0) if k > 1 else torch.full_like(ess, nan)
+        value = first - log(k)
+        if self.correction == "delta":
+            value = value + variance / 2
+        if self.correction == "jackknife":
+            value, variance = self._jackknife(top, rest, first)
+        return value, variance.sqrt(), ess, khat
+
+    def _jackknife(self, top: Tensor, rest: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Jackknife estimate and its variance, from log(1 − r_j), r_j the share of w_j in the sum of all weights.
+
+        Leaving w_j out gives L_{K−1} = log Σ w + log(1 − r_j) − log(K − 1). Shares of weights that were not kept are
+        below 1/100: powers up to r⁴ are left of log(1 − r) and of its square, which errs by less than 1e-8.
+        """
+        k = self.num_particles
+        left = torch.log1p(-(top - first).exp().clamp(max=1 - 1e-15))
+        r1, r2, r3, r4 = ((rest[p - 1] - p * first).exp() for p in (1, 2, 3, 4))
+        total = left.sum(0) - (r1 + r2 / 2 + r3 / 3 + r4 / 4)
+        squares = left.square().sum(0) + (r2 + r3 + 11 / 12 * r4)
+        value = first - (k - 1) / k * total - k * log(k) + (k - 1) * log(k - 1)
+        return value, ((k - 1) / k * (squares - total.square() / k)).clamp(min=0)
 
 
 def pareto_khat(log_weight: Tensor) -> Tensor:
@@ -285,35 +255,3 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     summary = LogWeightSummary(len(log_weight))
     summary.update(log_weight)
     return summary.result()[3]
-
-
-def _khat_of_tail(top: Tensor, length: int, tolerance: float) -> Tensor:
-    """k-hat from the `length` largest log-weights and the one before them, (length + 1, n), descending."""
-    khat = torch.full_like(top[0], nan)
-    if length < 5 or len(top) <= length:
-        return khat
-    largest, cutoff = top[0], top[length]
-    equal = largest - cutoff <= tolerance
-    khat[equal] = -float("inf")
-    fit = torch.isfinite(largest) & ~equal
-    excess = (top[:length, fit] - largest[fit]).exp() - (cutoff[fit] - largest[fit]).exp()
-    khat[fit] = _generalized_pareto_shape(excess.flip(0))
-    return khat
-
-
-def _generalized_pareto_shape(x: Tensor) -> Tensor:
-    """Shape k of generalized Pareto distributions fitted to x (M, n), ascending, ≥ 0.
-
-    Zhang & Stephens (2009): a profile posterior over b = −k/σ on a grid set by the quartile; then the
-    weak prior of Vehtari et al. (2024, appendix G) that draws k to ½ with the weight of ten observations.
-    """
-    x = x.clamp(min=torch.finfo(x.dtype).tiny)
-    m = len(x)
-    grid = 30 + int(sqrt(m))
-    i = torch.arange(1, grid + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
-    b = 1 / x[-1] + (1 - (grid / (i - 0.5)).sqrt()) / (3 * x[int(m / 4 + 0.5) - 1])  # (grid, n)
-    k = torch.stack([torch.log1p(-row * x).mean(0) for row in b])
-    log_likelihood = m * ((-b / k).log() - k - 1)
-    weight = log_likelihood.softmax(0)
-    k = torch.log1p(-(weight * b).sum(0) * x).mean(0)
-    return (m * k + 10 * 0.5) / (m + 10)

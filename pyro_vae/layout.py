@@ -30,6 +30,7 @@ class Layout:
         fixed: rows of every pass, where the plate subsamples data that it holds itself.
         max_plate_nesting: dimensions that the pair's own plates take.
         guide_trace, model_trace: of the look.
+        latents: latent sites of the model.
         summed: latent sites of the model alone, marked for enumeration: they are summed out.
         enumerated: latent sites of the guide that are marked for enumeration.
     """
@@ -66,9 +67,7 @@ class Layout:
         if frame is None:
             plates = {f.name: f.size for f in plate_frames(self.guide_trace, self.model_trace)}
             found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
-            advice = (
-                "plate=… with one of these names" if found else f"with pyro.plate({self.plate!r}, len(x)) around it"
-            )
+            advice = "plate=… with one of these names" if found else f"with pyro.plate({self.plate!r}, len(x))"
             raise ValueError(
                 f"no plate {self.plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
                 f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
@@ -131,6 +130,7 @@ class Layout:
             {name for name in latents[where] if enumerates(trace.nodes[name])}
             for where, trace in (("model", self.model_trace), ("guide", self.guide_trace))
         )
+        self.latents = latents["model"]
         self.summed, self.enumerated = model - latents["guide"], guide & latents["model"]
         auxiliary = {n for n in latents["guide"] if self.guide_trace.nodes[n]["infer"].get("is_auxiliary")}
         missing = latents["model"] - latents["guide"] - self.summed

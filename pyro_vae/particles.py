@@ -139,7 +139,7 @@ class ParticleSampler:
         cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
         rows = self.layout.fixed or self.num_points
         if self.layout.length is not None:
-            rows = min(rows, max(1, cells // num_particles))
+            rows = min(rows, max(1, cells // max(1, num_particles)))
         at_once = max(1, min(num_particles, cells // rows))
         whole, rest = divmod(num_particles, at_once)
         slices = [slice(i, min(i + rows, self.num_points)) for i in range(0, self.num_points, rows)]
@@ -230,23 +230,34 @@ class ParticleSampler:
 
     def weigh(self, guide_trace: poutine.Trace, model_trace: poutine.Trace, rows: slice | None = None) -> Particles:
         """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
-        layout = self.layout
-        guide, model = sample_sites(guide_trace).items(), sample_sites(model_trace).items()
-        latents = {name: layout.align(site, rows) for name, site in guide if not site["is_observed"]}
-        posterior = self._log_prob(guide, rows, observed=False)
-        if layout.summed:
-            num_particles = next(iter(latents.values())).shape[0]
-            unobserved = lambda _, site: 0 if site["is_observed"] else 1  # noqa: E731
-            prior = self._sum_product((model_trace,), unobserved, num_particles, rows)
-            likelihood = self._sum_product((model_trace,), lambda *_: 1, num_particles, rows) - prior
-        else:
-            prior = self._log_prob(model, rows, observed=False)
-            likelihood = self._log_prob(model, rows, observed=True)
+        sites = sample_sites(guide_trace).items()
+        latents = {name: self.layout.align(site, rows) for name, site in sites if not site["is_observed"]}
+        count = max((len(z) for z in latents.values()), default=1)
+        prior, likelihood = self.log_prior_likelihood(model_trace, count, rows, summed=self.layout.summed)
+        posterior = self.log_posterior(guide_trace, count, rows)
         shape = torch.broadcast_shapes(prior.shape, likelihood.shape, posterior.shape)
         return Particles(latents, *(t.expand(shape) for t in (prior, likelihood, posterior)))
 
-    def _log_prob(self, sites: Any, rows: slice | None, *, observed: bool) -> Tensor:
-        """Sum of the sites that are (not) observed, (K, N)."""
+    def log_prior_likelihood(
+        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x|z) of a trace of the model in which the sites `summed` are enumerated, each (K, N)."""
+        if not summed:
+            return self._sum(trace, rows, observed=False), self._sum(trace, rows, observed=True)
+        prior = self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+        return prior, self._sum_product((trace,), lambda *_: 1, num_particles, rows) - prior
+
+    def log_posterior(
+        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str] = frozenset()
+    ) -> Tensor:
+        """log q(z|x) of a trace of the guide in which the sites `summed` are enumerated, (K, N)."""
+        if not summed:
+            return self._sum(trace, rows, observed=False)
+        return self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+
+    def _sum(self, trace: poutine.Trace, rows: slice | None, *, observed: bool) -> Tensor:
+        """Log-probability of the sites that are (not) observed, (K, N)."""
+        sites = sample_sites(trace).items()
         terms = [
             self.layout.sum_to_points(name, site_log_prob(site), rows)
             for name, site in sites

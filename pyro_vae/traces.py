@@ -17,7 +17,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-__all__ = ["SetSubsample", "evaluation_mode", "plate_frames", "sample_sites", "site_log_prob", "sum_product", "values"]
+__all__ = [
+    "SetSubsample",
+    "evaluation_mode",
+    "plate_frames",
+    "sample_sites",
+    "site_log_prob",
+    "sum_product",
+    "unobserved",
+    "values",
+]
 
 
 @contextmanager
@@ -68,6 +77,11 @@ def values(latents: dict[str, Tensor]) -> poutine.Trace:
     for name, value in latents.items():
         trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
     return trace
+
+
+def unobserved(model: Callable) -> Callable:
+    """A model without its observed sites: the prior, in the role of a guide."""
+    return poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["is_observed"])
 
 
 def sum_product(

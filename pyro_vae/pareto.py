@@ -1,0 +1,70 @@
+r"""The tail of importance weights: a generalized Pareto distribution fitted to the largest of them.
+
+Its shape k-hat says how far to trust a mean of the weights: below ½ their variance is finite; above
+min(1 − 1/log₁₀ K, 0.7) neither the mean nor its error is of use (Vehtari et al. 2024, *Pareto Smoothed Importance
+Sampling*, JMLR 25(72)). It is fitted as Zhang & Stephens (2009, Technometrics 51) do.
+"""
+
+from __future__ import annotations
+
+from math import ceil, nan, sqrt
+
+import torch
+from torch import Tensor
+
+__all__ = ["fit_tail", "tail_length"]
+
+
+def tail_length(num_particles: int) -> int:
+    """How many of K weights make their tail, min(K/5, 3√K)."""
+    return ceil(min(0.2 * num_particles, 3 * sqrt(num_particles)))
+
+
+def fit_tail(top: Tensor, length: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Fits the `length` largest log-weights above the one that follows them.
+
+    Args:
+        top: (≥ length + 1, n), descending, up to a constant per column.
+        length: M.
+        tolerance: differences of log-weights that are rounding.
+
+    Returns:
+        k-hat (n,): −inf where the largest weights are all equal, NaN where there are fewer than five or they are not
+        finite; and the M largest log-weights, descending, smoothed: replaced by the expected order statistics of the
+        fit, but none above the largest one (Vehtari et al. 2024, section 3).
+    """
+    khat, smoothed = torch.full_like(top[0], nan), top[:length].clone()
+    if length < 5 or len(top) <= length:
+        return khat, smoothed
+    largest, cutoff = top[0], top[length]
+    equal = largest - cutoff <= tolerance
+    khat[equal] = -float("inf")
+    fit = torch.isfinite(largest) & ~equal
+    threshold = (cutoff[fit] - largest[fit]).exp()
+    excess = (top[:length, fit] - largest[fit]).exp() - threshold
+    raw, scale, khat[fit] = _generalized_pareto(excess.flip(0))
+    p = ((torch.arange(length, 0, -1, dtype=top.dtype, device=top.device) - 0.5) / length).unsqueeze(-1)
+    small = raw.abs() < 1e-8
+    shape = torch.where(small, 1.0, raw)
+    quantile = torch.where(small, -torch.log1p(-p), torch.expm1(-shape * torch.log1p(-p)) / shape) * scale
+    smoothed[:, fit] = (threshold + quantile).log().clamp(max=0.0) + largest[fit]
+    return khat, smoothed
+
+
+def _generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Generalized Pareto distributions fitted to x (M, n), ascending, ≥ 0: shape k, scale σ, and k with a prior.
+
+    Zhang & Stephens (2009): a profile posterior over b = −k/σ on a grid set by the quartile; then the
+    weak prior of Vehtari et al. (2024, appendix G) that draws k to ½ with the weight of ten observations.
+    """
+    x = x.clamp(min=torch.finfo(x.dtype).tiny)
+    m = len(x)
+    grid = 30 + int(sqrt(m))
+    i = torch.arange(1, grid + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
+    b = 1 / x[-1] + (1 - (grid / (i - 0.5)).sqrt()) / (3 * x[int(m / 4 + 0.5) - 1])  # (grid, n)
+    k = torch.stack([torch.log1p(-row * x).mean(0) for row in b])
+    log_likelihood = m * ((-b / k).log() - k - 1)
+    weight = log_likelihood.softmax(0)
+    b_hat = (weight * b).sum(0)
+    k = torch.log1p(-b_hat * x).mean(0)
+    return k, -k / b_hat, (m * k + 10 * 0.5) / (m + 10)
