@@ -8,26 +8,35 @@ from typing import Any
 
 from pyro_vae.adaptation import adaptive_importance_sampling
 from pyro_vae.annealing import annealed_importance_sampling
+from pyro_vae.comparison import Comparison, compare
 from pyro_vae.evidence import Evidence
 from pyro_vae.importance import importance_sampling, prior_sampling
+from pyro_vae.objectives import ImportanceWeightedELBO
 from pyro_vae.particles import Particles, draw_particles
+from pyro_vae.sandwich import Sandwich, sandwich, simulate
 from pyro_vae.training import FitResult, fit
 from pyro_vae.vae import VAE
 
 __version__ = "0.1.0"
 __all__ = [
     "VAE",
+    "Comparison",
     "Evidence",
     "FitResult",
+    "ImportanceWeightedELBO",
     "Particles",
+    "Sandwich",
     "adaptive_importance_sampling",
     "annealed_importance_sampling",
+    "compare",
     "draw_particles",
     "fit",
     "from_pyro",
     "from_pyro_svi",
     "importance_sampling",
     "prior_sampling",
+    "sandwich",
+    "simulate",
 ]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.particles import ParticleSampler
-from pyro_vae.traces import sample_sites, unobserved, values
+from pyro_vae.traces import SetValues, sample_sites, unobserved
 
 __all__ = ["LatentDensity"]
 
@@ -92,9 +92,9 @@ class LatentDensity:
     @torch.no_grad()
     def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
         """u of latents {site: (K, N, *inner plates, *event)}, (K, N, D)."""
-        placed = values({name: self._place(name, latents[name]) for name in self._sites})
+        given = SetValues({name: self._place(name, latents[name]) for name in self._sites})
         num_particles = len(latents[next(iter(self._sites))])
-        return self._join(self.sampler.run(poutine.replay(self.sampler.model, placed), num_particles, self.rows))
+        return self._join(self.sampler.run(given(self.sampler.model), num_particles, self.rows))
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class LatentDensity:
             name, site = next(iter(sites.items()))
             log_prob = site["fn"].log_prob(latents[name])
             return self.layout.sum_to_points(name, log_prob, self.rows)
-        guide = poutine.replay(self.sampler.guide, values(latents))
+        guide = SetValues(latents)(self.sampler.guide)
         trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.layout.enumerated)
         return self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.layout.enumerated)
 
@@ -181,7 +181,6 @@ class _Constrain(Messenger):
         u, transform = self.unconstrained[name], biject_to(msg["fn"].support)
         value = transform(u)
         self.latents[name] = msg["value"] = value
-        msg["done"] = True
         log_det = transform.log_abs_det_jacobian(u, value)
         event = len(msg["fn"].event_shape) - transform.codomain.event_dim  # that the transform leaves in its batch
         self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det

@@ -56,10 +56,10 @@ class Layout:
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
         for self.length in dict.fromkeys(len(a) for a in tensors if len(a) > 3):
             try:
-                frames = [self._look(rows) for rows in (3, 2)]
+                sizes = [self._size(self._look(rows)) for rows in (3, 2)]
             except Exception:  # not this argument; if the pair itself is at fault, the run on all rows says so
                 continue
-            if [f and f.size for f in frames] == [3, 2]:
+            if sizes == [3, 2]:
                 self.num_points = self.length
                 return
         self.length = None
@@ -73,7 +73,7 @@ class Layout:
                 f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
                 "evidence of all data."
             )
-        self.num_points = frame.size
+        self.num_points = self._size(frame)
         lengths = {len(a) for a in tensors}
         if frame.size < frame.full_size and not (frame.size in lengths and frame.full_size not in lengths):
             self.fixed, self.num_points = frame.size, frame.full_size
@@ -92,6 +92,14 @@ class Layout:
             self.guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
             self.model_trace = poutine.trace(poutine.replay(self.model, self.guide_trace)).get_trace(*args, **kwargs)
         return next((f for f in plate_frames(self.guide_trace, self.model_trace) if f.name == self.plate), None)
+
+    def _size(self, frame: Any) -> int | None:
+        """Size of a plate; one that was declared without a size has that of its sites."""
+        if frame is None or frame.size > 0:
+            return frame and frame.size
+        sites = [site for t in (self.guide_trace, self.model_trace) for site in sample_sites(t).values()]
+        shapes = [site["fn"].batch_shape for site in sites if frame in site["cond_indep_stack"]]
+        return max((shape[frame.dim] for shape in shapes if len(shape) >= -frame.dim), default=1)
 
     def _data_dim(self) -> int:
         dims = [

@@ -189,7 +189,7 @@ class ParticleSampler:
         num_particles: int,
         rows: slice | None = None,
         *,
-        enumerate_sites: set[str] | None = None,
+        enumerate_sites: set[str] = frozenset(),
         after: bool = False,
     ) -> poutine.Trace:
         """Traces `function` (the model, the guide or a handled version of them) under the particle plate.
@@ -199,12 +199,12 @@ class ParticleSampler:
             num_particles: K.
             rows: default: all.
             enumerate_sites: discrete latents to enumerate, in dimensions left of the particles'.
-            after: use dimensions left of those of the last run.
+            after: the last run enumerated sites, whose dimensions this one is to keep, and to go left of.
         """
         layout = self.layout
         args, kwargs = layout.cut(rows)
         function = pyro.plate(PARTICLE_PLATE, num_particles, dim=-layout.width)(function)
-        if enumerate_sites:
+        if enumerate_sites or after:
             function = poutine.infer_config(
                 function, lambda site: {"enumerate": "parallel" if site["name"] in enumerate_sites else None}
             )

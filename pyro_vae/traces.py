@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "SetSubsample",
+    "SetValues",
     "evaluation_mode",
     "plate_frames",
     "sample_sites",
@@ -111,7 +112,7 @@ def sum_product(
                 sum_dims.add(site["infer"]["_enumerate_symbol"])
             for frame in site["cond_indep_stack"]:
                 if frame.vectorized:
-                    sizes[symbols[frame.name]] = frame.size
+                    sizes.setdefault(symbols[frame.name], max(frame.size, 1))  # −1: declared without a size
             factor = sign(trace, site)
             if factor:
                 enumerated = site["infer"].get("_enumerate_dim") is not None
@@ -119,6 +120,7 @@ def sum_product(
                 ordinal = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
                 term = packed.pack(factor * log_prob, site["infer"]["_dim_to_symbol"])
                 tree.setdefault(ordinal, []).append(term)
+                sizes.update(zip(term._pyro_dims, term.shape, strict=True))
     for name, size in keep.items():
         sizes[symbols[name]] = size
     target = [symbols[name] for name in keep]
@@ -129,6 +131,22 @@ def sum_product(
         if symbol not in dims:
             result = result.unsqueeze(axis)
     return result.expand(list(keep.values()))
+
+
+class SetValues(Messenger):
+    """Sets latent sites to given values.
+
+    Unlike `poutine.replay` it leaves the message open for an `EnumMessenger` outside, which so learns that a site's
+    parameters depend on enumerated ones.
+    """
+
+    def __init__(self, latents: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.latents = latents
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] in self.latents:
+            msg["value"] = self.latents[msg["name"]]
 
 
 class SetSubsample(Messenger):

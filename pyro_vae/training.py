@@ -244,7 +244,7 @@ class _Pair:
         if not self.parameters:
             raise ValueError("nothing to train: model and guide use no parameter that requires a gradient.")
         frames = [f for trace in self.traces for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        sizes = {f.full_size for f in frames if f.name == self.plate}
+        sizes = {f.full_size for f in frames if f.name == self.plate and f.full_size > 0}
         # a plate that does not follow the rows of the batch scales their loss up to all data points
         self.full_size = None if not sizes or sizes == {batch.size} else max(sizes)
 
