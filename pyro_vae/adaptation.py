@@ -22,14 +22,14 @@ from torch import Tensor
 from pyro_vae.densities import LatentDensity
 from pyro_vae.evidence import LOWER_BOUND, UPPER_BOUND, Evidence, collect
 from pyro_vae.particles import ParticleSampler, check_num_particles
-from pyro_vae.proposals import Gaussians, from_guide, mixture_weights
+from pyro_vae.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
 
 __all__ = ["adaptive_importance_sampling", "fit_gaussians"]
 
-FIRST_DRAWS = 100  # of the guide, whose moments are the start
+FIRST_DRAWS = 100  # of the guide, whose moments are the start; and of both components, to find their shares
 RIDGE = 0.2  # of the regression, towards the current covariance, in units of a draw's weight
 WIDEN = 1.05  # of the fitted standard deviations: tails that are too light cost more than ones that are too heavy
-DEFENSIVE = 0.1  # share of draws from the guide
+LEAST_SHARE = 0.15  # of the draws, for each component
 
 
 def adaptive_importance_sampling(
@@ -49,12 +49,14 @@ def adaptive_importance_sampling(
     """Estimates log p(x) of each data point by importance sampling from a Gaussian that is fitted to its posterior.
 
     Starts at q(z|x), fits a full-covariance Gaussian over the unconstrained latents of each point (see the top of this
-    module), and draws fresh particles from it (90 %) and from q (10 %), weighed against their mixture: the fit uses
-    other draws than the estimate, which so remains a lower bound in expectation. Use it where k-hat of
-    `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point, and on points that were
-    not trained on far from it. Posteriors of several separate modes remain difficult.
+    module), and draws fresh particles from a mixture of it, q and the prior, whose shares, each at least 15 %, are
+    fitted too. The fits use other draws than the estimate, which so remains a lower bound in expectation. Use it where
+    k-hat of `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point, and on points
+    that were not trained on far from it. Of a posterior with several separate modes the Gaussian finds one; q and, in a
+    few dimensions, the prior have to cover the others.
 
-    A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each the price of about three weights. A
+    A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each the price of about three weights, and 300
+    weights. A
     continuous latent of any support will do; discrete ones are to be marked by `pyro.infer.config_enumerate`, and are
     summed out. Where q has auxiliary variables, so that its density is not known, all draws are of the Gaussian.
 
@@ -102,10 +104,13 @@ def adaptive_importance_sampling(
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)
         fitted = fit_gaussians(density, num_steps=num_steps)
-        num_guide = round(DEFENSIVE * num_particles) if density.knows_guide else 0
-        widened = Gaussians(fitted.loc, WIDEN * fitted.scale_tril).proposal()
-        proposals = [(num_particles - num_guide, widened), (num_guide, from_guide(density))]
-        return mixture_weights(density, proposals, density.exact(exact_draw))
+        proposals = [Gaussians(fitted.loc, WIDEN * fitted.scale_tril).proposal(), from_prior(density)]
+        if density.knows_guide:
+            proposals.append(from_guide(density))
+        share = shares(density, proposals, num_draws=FIRST_DRAWS, least=LEAST_SHARE)
+        others = (share[1:] * num_particles).long()
+        counts = torch.cat([num_particles - others.sum(0, keepdim=True), others])
+        return mixture_weights(density, proposals, counts, density.exact(exact_draw))
 
     return collect(
         sampler,

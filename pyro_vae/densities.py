@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, transforms
 
 from pyro_vae.particles import ParticleSampler
 from pyro_vae.traces import SetValues, sample_sites, unobserved
@@ -48,7 +49,10 @@ class LatentDensity:
             self._sites = {n: s for n, s in sample_sites(model_trace).items() if self._is_continuous(n, s)}
             parts = {name: self._unconstrained(site) for name, site in self._sites.items()}
         self._shapes = {name: part.shape[2:] for name, part in parts.items()}
+        self._is_real = all(_is_real(site["fn"].support) for site in self._sites.values())
         self.dim = sum(prod(shape) for shape in self._shapes.values())
+        if not self.dim:
+            raise ValueError("the model has no continuous latent. Try importance_sampling, which needs none.")
 
     @property
     def knows_guide(self) -> bool:
@@ -71,7 +75,13 @@ class LatentDensity:
     @torch.no_grad()
     def draw(self, num_particles: int) -> Tensor:
         """u ~ q(u|x), (K, N, D)."""
+        if self._is_real:  # the model is not needed to say what the supports are
+            return self._join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
         return self._join(self.sampler.traces(num_particles, self.rows, check=False)[1])
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._sites.values()))["value"].device
 
     @torch.no_grad()
     def draw_prior(self, num_particles: int) -> Tensor:
@@ -184,6 +194,13 @@ class _Constrain(Messenger):
         log_det = transform.log_abs_det_jacobian(u, value)
         event = len(msg["fn"].event_shape) - transform.codomain.event_dim  # that the transform leaves in its batch
         self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det
+
+
+def _is_real(support: Any) -> bool:
+    transform = biject_to(support)
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    return transform == transforms.identity_transform
 
 
 class _EventShape:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vae.densities import LatentDensity
@@ -105,8 +106,9 @@ def importance_sampling(
             first = iter([True])
             return lambda count: sampler.log_weight(count, rows, check=next(first, False))
         density = LatentDensity(sampler, rows)
-        proposals = [(num_particles - num_prior, from_guide(density)), (num_prior, from_prior(density))]
-        return mixture_weights(density, proposals, density.exact(exact_draw))
+        counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=density.device)
+        proposals = [from_guide(density), from_prior(density)]
+        return mixture_weights(density, proposals, counts, density.exact(exact_draw))
 
     return collect(
         sampler,

@@ -101,7 +101,7 @@ def from_pyro_svi(
                     put = _Chunk(groups, sampler, (num_samples, sampler.num_points), (draws, rows))
                     guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
                     put.sites(model_trace, latent="posterior")
-                    put.sites(sampler.run(poutine.replay(generative, guide_trace), count, rows), "posterior_predictive")
+                    put.sites(sampler.run(generative, count, rows, replay=guide_trace), "posterior_predictive")
                     put.sites(sampler.run(generative, count, rows), "prior_predictive", latent="prior")
                     put.observed(model_trace)
                     particles = sampler.weigh(guide_trace, model_trace, rows)

@@ -106,6 +106,8 @@ class Layout:
             {f.dim for f in plate_frames(trace) if f.name == self.plate}
             for trace in (self.guide_trace, self.model_trace)
         ]
+        if not sample_sites(self.guide_trace):
+            dims[0] = dims[1]  # all latents are summed out, and nothing is left for a guide
         if dims[0] != dims[1] or len(dims[0]) != 1 or None in dims[0]:
             guide, model = (", ".join(sorted(map(str, d))) or "none" for d in dims)
             raise ValueError(

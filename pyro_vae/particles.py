@@ -190,7 +190,7 @@ class ParticleSampler:
         rows: slice | None = None,
         *,
         enumerate_sites: set[str] = frozenset(),
-        after: bool = False,
+        replay: poutine.Trace | None = None,
     ) -> poutine.Trace:
         """Traces `function` (the model, the guide or a handled version of them) under the particle plate.
 
@@ -199,16 +199,19 @@ class ParticleSampler:
             num_particles: K.
             rows: default: all.
             enumerate_sites: discrete latents to enumerate, in dimensions left of the particles'.
-            after: the last run enumerated sites, whose dimensions this one is to keep, and to go left of.
+            replay: a trace of the last run, whose values this one takes, and whose enumerated dimensions it keeps.
         """
         layout = self.layout
         args, kwargs = layout.cut(rows)
         function = pyro.plate(PARTICLE_PLATE, num_particles, dim=-layout.width)(function)
+        after = any("_enumerate_dim" in s["infer"] for s in sample_sites(replay).values()) if replay else False
         if enumerate_sites or after:
             function = poutine.infer_config(
                 function, lambda site: {"enumerate": "parallel" if site["name"] in enumerate_sites else None}
             )
             function = EnumMessenger(None if after else -1 - layout.width)(function)
+        if replay is not None:  # outside of the enumeration, which has to see what a site's parameters depend on
+            function = poutine.replay(function, replay)
         subsample = nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), subsample:
             return poutine.trace(function).get_trace(*args, **kwargs)
@@ -217,9 +220,8 @@ class ParticleSampler:
         start = rows.start if rows else 0
         if check:
             check_rows(self.layout.cut(rows), start=start)
-        after = any(site["infer"].get("_enumerate_dim") for site in sample_sites(guide_trace).values())
-        model = poutine.replay(self.model, guide_trace)
-        model_trace = self.run(model, num_particles, rows, enumerate_sites=self.layout.summed, after=after)
+        options = {"enumerate_sites": self.layout.summed, "replay": guide_trace}
+        model_trace = self.run(self.model, num_particles, rows, **options)
         if check:
             for name, site in sample_sites(model_trace).items():
                 if site["is_observed"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae.densities import LatentDensity
 
-__all__ = ["Gaussians", "Proposal", "from_guide", "from_prior", "mixture_weights"]
+__all__ = ["Gaussians", "Proposal", "from_guide", "from_prior", "mixture_weights", "shares"]
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,45 @@ class Gaussians:
         return self.loc + torch.einsum("nij,knj->kni", self.scale_tril, noise)
 
 
+def shares(density: LatentDensity, proposals: Sequence[Proposal], *, num_draws: int, least: float) -> Tensor:
+    """Shares a_i of a mixture for each data point, (len(proposals), N), that bring it nearest to the posterior.
+
+    Maximises E_posterior log Σ_i a_i q_i by expectation maximisation over `num_draws` weighted draws from each (Cappé,
+    Douc, Guillin, Marin & Robert 2008, *Adaptive importance sampling in general mixture classes*, section 3), and gives
+    each at least the share `least`.
+    """
+    u = torch.cat([q.draw(num_draws) for q in proposals])
+    terms = _evaluate(density, proposals, u)
+    log_q = torch.stack([q.log_prob(u, terms) for q in proposals])  # (J, K, N)
+    weight = (terms[0] + terms[1] - log_q.logsumexp(0)).softmax(0)
+    result = torch.full_like(log_q[:, 0], 1 / len(proposals))
+    for _ in range(20):
+        result = (weight * (log_q + result.log().unsqueeze(1)).softmax(0)).sum(1)
+    result = torch.where(result.isfinite().all(0), result, 1 / len(proposals))
+    return least + (1 - len(proposals) * least) * result
+
+
 def mixture_weights(
     density: LatentDensity,
-    proposals: Sequence[tuple[int, Proposal]],
+    proposals: Sequence[Proposal],
+    counts: Tensor,
     exact: Tensor | None = None,
 ) -> Callable[[int], Tensor]:
     """Log-weights of draws from a mixture.
 
     Args:
         density: of the latents.
-        proposals: (count, q_i): how many of the K draws come from q_i.
+        proposals: q_i.
+        counts: how many of the K draws come from each q_i, (len(proposals), N), int64; a column sums to K.
         exact: u of an exact draw from the posterior, (1, N, D): it comes first, and the counts of the others are
             random, as the upper bound needs particles that are exchangeable.
 
     Returns:
         A function: count -> log-weights of as many draws, (count, N), to be called until K are drawn.
     """
-    proposals = [(count, q) for count, q in proposals if count]
-    total = sum(count for count, _ in proposals)
-    bounds = torch.tensor([count for count, _ in proposals]).cumsum(0)
-    evaluate = density.log_all if any(q.needs_guide for _, q in proposals) else density.log_joint
-    drawn = 0
-    given = exact
+    total = int(counts[:, 0].sum())
+    log_share, bounds = (counts / total).log(), counts.cumsum(0)
+    drawn, given = 0, exact
 
     def weigh(count: int) -> Tensor:
         nonlocal drawn, given
@@ -90,17 +107,24 @@ def mixture_weights(
             u, given = given, None
         else:
             # the index of a draw, spread over all K so that each chunk gets its share of every component
-            index = torch.arange(drawn, drawn + count) * _coprime(total) % total
+            index = torch.arange(drawn, drawn + count, device=counts.device) * _coprime(total) % total
             drawn += count
             if exact is not None:
-                index = torch.randint(total, (count,))
-            counts = torch.bincount(torch.bucketize(index, bounds, right=True), minlength=len(proposals)).tolist()
-            u = torch.cat([q.draw(c) for c, (_, q) in zip(counts, proposals, strict=True) if c])
-        terms = evaluate(u)
-        parts = [q.log_prob(u, terms) + log(c / total) for c, q in proposals]
-        return terms[0] + terms[1] - torch.stack(parts).logsumexp(0)
+                index = torch.randint(total, (count,), device=counts.device)
+            label = (index[:, None, None] >= bounds.T).sum(-1)  # (count, N)
+            u = proposals[0].draw(count)
+            for i, q in enumerate(proposals[1:], 1):
+                if (label == i).any():
+                    u = torch.where((label == i).unsqueeze(-1), q.draw(count), u)
+        terms = _evaluate(density, proposals, u)
+        log_q = torch.stack([q.log_prob(u, terms) for q in proposals])
+        return terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)
 
     return weigh
+
+
+def _evaluate(density: LatentDensity, proposals: Sequence[Proposal], u: Tensor) -> tuple[Tensor, ...]:
+    return density.log_all(u) if any(q.needs_guide for q in proposals) else density.log_joint(u)
 
 
 def _coprime(n: int) -> int:
