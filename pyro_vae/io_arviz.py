@@ -104,7 +104,7 @@ def from_pyro_svi(
                     put.sites(sampler.run(generative, count, rows, replay=guide_trace), "posterior_predictive")
                     put.sites(sampler.run(generative, count, rows), "prior_predictive", latent="prior")
                     put.observed(model_trace)
-                    particles = sampler.weigh(guide_trace, model_trace, rows)
+                    particles = sampler.weigh(guide_trace, model_trace, count, rows)
                     put.stats(particles)
                     summary.update(particles.log_weight)
                     bar.update()

@@ -160,7 +160,7 @@ class ParticleSampler:
         """
         if self.layout.fixed and rows is None:
             return _concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
-        return self.weigh(*self.traces(num_particles, rows, check=check), rows)
+        return self.weigh(*self.traces(num_particles, rows, check=check), num_particles, rows)
 
     def log_weight(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Tensor:
         """log w of new particles, (K, N), nats, with all discrete latents summed out that are marked for it."""
@@ -230,13 +230,14 @@ class ParticleSampler:
 
     # -- weighing -----------------------------------------------------------------------------------------------------
 
-    def weigh(self, guide_trace: poutine.Trace, model_trace: poutine.Trace, rows: slice | None = None) -> Particles:
+    def weigh(
+        self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None = None
+    ) -> Particles:
         """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
         sites = sample_sites(guide_trace).items()
         latents = {name: self.layout.align(site, rows) for name, site in sites if not site["is_observed"]}
-        count = max((len(z) for z in latents.values()), default=1)
-        prior, likelihood = self.log_prior_likelihood(model_trace, count, rows, summed=self.layout.summed)
-        posterior = self.log_posterior(guide_trace, count, rows)
+        prior, likelihood = self.log_prior_likelihood(model_trace, num_particles, rows, summed=self.layout.summed)
+        posterior = self.log_posterior(guide_trace, num_particles, rows)
         shape = torch.broadcast_shapes(prior.shape, likelihood.shape, posterior.shape)
         return Particles(latents, *(t.expand(shape) for t in (prior, likelihood, posterior)))
 

@@ -1,0 +1,331 @@
+"""Discrete latents summed out, global latents taken jointly: pairs that are more than one z in one plate."""
+
+import math
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from torch import nn
+
+from pyro_vae import (
+    adaptive_importance_sampling,
+    annealed_importance_sampling,
+    draw_particles,
+    fit,
+    importance_sampling,
+    prior_sampling,
+    sandwich,
+)
+
+
+def annealed(*args, **options):
+    """With fewer temperatures than by default: these posteriors are near."""
+    return annealed_importance_sampling(*args, **{"num_temperatures": 40, "num_particles": 64} | options)
+
+
+ESTIMATORS = [importance_sampling, adaptive_importance_sampling, annealed]
+
+
+class SemiSupervised(nn.Module):
+    """The model of Kingma et al. (2014) as Pyro's examples write it: a plate without a size, a one-hot label."""
+
+    def __init__(self, pixels=9, classes=3, latent=2):
+        super().__init__()
+        self.classes, self.latent = classes, latent
+        self.decoder = nn.Sequential(nn.Linear(latent + classes, 16), nn.Tanh(), nn.Linear(16, pixels))
+        self.classifier = nn.Sequential(nn.Linear(pixels, 16), nn.Tanh(), nn.Linear(16, classes))
+        self.encoder = nn.Sequential(nn.Linear(pixels + classes, 16), nn.Tanh(), nn.Linear(16, 2 * latent))
+
+    @staticmethod
+    def join(*tensors):
+        shape = torch.broadcast_shapes(*(t.shape[:-1] for t in tensors))
+        return torch.cat([t.expand(shape + t.shape[-1:]) for t in tensors], -1)
+
+    def logits(self, z, y):
+        return 3 * self.decoder(self.join(z, y))
+
+    def model(self, xs, ys=None):
+        pyro.module("semi_supervised", self)
+        with pyro.plate("data"):
+            zeros = xs.new_zeros(len(xs), self.latent)
+            zs = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
+            uniform = xs.new_ones(len(xs), self.classes) / self.classes
+            ys = pyro.sample("y", dist.OneHotCategorical(uniform), obs=ys)
+            pyro.sample("x", dist.Bernoulli(logits=self.logits(zs, ys)).to_event(1), obs=xs)
+
+    def guide(self, xs, ys=None):
+        with pyro.plate("data"):
+            if ys is None:
+                ys = pyro.sample("y", dist.OneHotCategorical(logits=self.classifier(xs)))
+            loc, log_scale = self.encoder(self.join(xs, ys)).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    @torch.no_grad()
+    def log_joint(self, x):
+        """log p(x, y) for each label, (N, classes), by quadrature over two latents."""
+        axis = torch.linspace(-6, 6, 241)
+        z = torch.cartesian_prod(axis, axis)
+        log_prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + 2 * math.log(12 / 240) - math.log(self.classes)
+        values = []
+        for y in torch.eye(self.classes):
+            p = dist.Bernoulli(logits=self.logits(z, y)).to_event(1)
+            values.append((p.log_prob(x.unsqueeze(1)) + log_prior).logsumexp(1))
+        return torch.stack(values, -1).double()
+
+
+@pytest.fixture
+def semi_supervised():
+    torch.manual_seed(0)
+    net = SemiSupervised()
+    x = torch.bernoulli(torch.full((7, 9), 0.5))
+    return net, x
+
+
+@pytest.mark.parametrize("enumerate_guide", [None, "parallel", "expanded", "sequential"])
+def test_semi_supervised_vae_goes_through_importance_sampling(semi_supervised, enumerate_guide):
+    net, x = semi_supervised
+    guide = net.guide
+    if enumerate_guide is not None:
+        kind = "sequential" if enumerate_guide == "sequential" else "parallel"
+        guide = config_enumerate(guide, kind, expand=enumerate_guide == "expanded")
+    evidence = importance_sampling(net.model, guide, x, num_particles=20_000)
+    z = (evidence.log_evidence - net.log_joint(x).logsumexp(-1)) / evidence.standard_error
+    assert 0.3 < z.abs().max() < 5
+
+
+def test_summing_out_a_label_has_less_variance_than_drawing_it(semi_supervised):
+    net, x = semi_supervised
+    drawn = importance_sampling(net.model, net.guide, x)
+    summed = importance_sampling(net.model, config_enumerate(net.guide), x)
+    assert (summed.standard_error < 0.8 * drawn.standard_error).all()
+
+
+@pytest.mark.parametrize("estimator", [adaptive_importance_sampling, annealed])
+@pytest.mark.parametrize("where", ["guide", "model", "both"])
+def test_gradient_methods_sum_out_the_label(semi_supervised, estimator, where):
+    net, x = semi_supervised
+    model, guide = net.model, net.guide
+    if where != "guide":
+        model = config_enumerate(model)
+    if where == "model":  # a guide of z alone
+        guide = poutine.block(lambda x: net.guide(x, torch.eye(3)[[0] * len(x)]), hide=["y"])
+    else:
+        guide = config_enumerate(guide)
+    evidence = estimator(model, guide, x)
+    z = (evidence.log_evidence - net.log_joint(x).logsumexp(-1)) / evidence.standard_error
+    assert 0.3 < z.abs().max() < 5
+
+
+def test_given_labels_give_the_joint(semi_supervised):
+    net, x = semi_supervised
+    y = torch.eye(3)[torch.arange(7) % 3]
+    evidence = importance_sampling(net.model, net.guide, x, y)
+    exact = net.log_joint(x)[torch.arange(7), torch.arange(7) % 3]
+    assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error).all()
+
+
+def test_sandwich_of_a_model_with_an_enumerated_label(semi_supervised):
+    net, x = semi_supervised
+    result = sandwich(net.model, config_enumerate(net.guide), x.repeat(10, 1), estimator=importance_sampling)
+    assert abs(result.mean[0]) < 5 * result.mean[1] + 1e-3
+
+
+def test_fit_of_a_plate_without_a_size(semi_supervised):
+    """Its loss is per row, though the plate says that it has −1 of them."""
+    net, x = semi_supervised
+    x = x.repeat(20, 1)
+    guide = config_enumerate(net.guide)
+    result = fit(net.model, guide, x, num_epochs=15, learning_rate=0.01, loss=TraceEnum_ELBO(max_plate_nesting=1))
+    exact = -net.log_joint(x[:7]).logsumexp(-1).mean().item()
+    assert exact - 0.1 < result.loss[-1] < exact + 3
+    assert result.loss[-1] < result.loss[0]
+
+
+def test_discrete_latents_that_are_not_marked_are_refused_where_gradients_are_needed(semi_supervised):
+    net, x = semi_supervised
+    with pytest.raises(ValueError, match=r"site 'y' is discrete.*Try pyro.infer.config_enumerate"):
+        adaptive_importance_sampling(net.model, net.guide, x)
+
+
+# -- sums over plates -------------------------------------------------------------------------------------------------
+
+
+def nested(x):
+    """Each row: y ~ Bernoulli; each of its columns: c ~ Bernoulli(y), x ~ N(2 c + y, 1). All of it summed out."""
+    with pyro.plate("data", len(x), dim=-2):
+        y = pyro.sample("y", dist.Bernoulli(0.3))
+        with pyro.plate("columns", x.shape[1], dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(0.2 + 0.5 * y))
+            pyro.sample("x", dist.Normal(2 * c + y, 1.0), obs=x)
+
+
+def nested_log_evidence(x):
+    total = []
+    for y in (0.0, 1.0):
+        p = 0.2 + 0.5 * y
+        columns = [math.log(p if c else 1 - p) + dist.Normal(2 * c + y, 1.0).log_prob(x.double()) for c in (0.0, 1.0)]
+        total.append(torch.stack(columns).logsumexp(0).sum(-1) + math.log(0.3 if y else 0.7))
+    return torch.stack(total).logsumexp(0)
+
+
+@pytest.mark.parametrize("kind", ["model alone", "guide of both", "guide of y"])
+def test_a_discrete_latent_inside_an_inner_plate_is_summed_there(kind):
+    x = torch.randn(6, 4) + 1
+
+    def guide(x):
+        with pyro.plate("data", len(x), dim=-2):
+            y = pyro.sample("y", dist.Bernoulli(torch.full((len(x), 1), 0.5)))
+            if kind == "guide of both":
+                with pyro.plate("columns", x.shape[1], dim=-1):
+                    pyro.sample("c", dist.Bernoulli(0.4 + 0.1 * y))
+
+    guide = (lambda x: None) if kind == "model alone" else config_enumerate(guide)
+    evidence = importance_sampling(config_enumerate(nested), guide, x, num_particles=3, chunk_size=4)
+    torch.testing.assert_close(evidence.log_evidence, nested_log_evidence(x), atol=1e-5, rtol=0)
+    assert (evidence.standard_error < 1e-3).all()
+
+
+def test_prior_sampling_sums_out_what_the_model_marks():
+    x = torch.randn(6, 4) + 1
+    evidence = prior_sampling(config_enumerate(nested), None, x, num_particles=2)
+    torch.testing.assert_close(evidence.log_evidence, nested_log_evidence(x), atol=1e-5, rtol=0)
+
+
+def test_a_latent_whose_prior_depends_on_a_summed_one():
+    """y ~ Bernoulli, z ~ N(4 y, 1), x ~ N(z, 1): z is replayed, y is not."""
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(4 * y, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + 1, 1.5))
+
+    x = torch.linspace(-3, 7, 9)
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.7, 0.3])), dist.Normal(torch.tensor([0.0, 4.0]), 2**0.5)
+    )
+    particles = draw_particles(model, guide, x, num_particles=2)
+    prior = dist.MixtureSameFamily(
+        dist.Categorical(torch.tensor([0.7, 0.3])), dist.Normal(torch.tensor([0.0, 4.0]), 1.0)
+    )
+    torch.testing.assert_close(particles.log_prior, prior.log_prob(particles.latents["z"]))
+    for estimator in ESTIMATORS:
+        evidence = estimator(model, guide, x)
+        assert ((evidence.log_evidence - mixture.log_prob(x)).abs() < 5 * evidence.standard_error).all()
+
+
+def test_a_masked_row_still_sums_to_one():
+    x, mask = torch.randn(5), torch.tensor([True, False, True, False, True])
+
+    @config_enumerate
+    def model(x, mask):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            y = pyro.sample("y", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+            pyro.sample("x", dist.Normal(y.to(x.dtype), 1.0), obs=x)
+
+    evidence = importance_sampling(model, lambda x, mask: None, x, mask, num_particles=2)
+    shares, locs = dist.Categorical(torch.tensor([0.2, 0.3, 0.5])), dist.Normal(torch.arange(3.0), 1.0)
+    exact = torch.where(mask, dist.MixtureSameFamily(shares, locs).log_prob(x), 0.0)
+    torch.testing.assert_close(evidence.log_evidence.float(), exact, atol=1e-5, rtol=0)
+
+
+# -- CEVAE ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["bernoulli", "normal"])
+def test_cevae_of_pyro_goes_through_every_estimator(outcome):
+    """Its model and guide, unchanged: the estimators agree with each other, and a sandwich closes around log p."""
+    from pyro.contrib.cevae import CEVAE
+
+    cevae = CEVAE(feature_dim=5, outcome_dist=outcome, latent_dim=2, hidden_dim=8, num_layers=2)
+    x, t, y = torch.randn(30, 5), torch.bernoulli(torch.full((30,), 0.5)), torch.bernoulli(torch.full((30,), 0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cevae.fit(x, t, y, num_epochs=3, batch_size=10, log_every=0)
+    first, *others = (f(cevae.model, cevae.guide, x, t, y) for f in ESTIMATORS)
+    for other in others:
+        error = (first.standard_error.square() + other.standard_error.square()).sqrt()
+        assert ((first.log_evidence - other.log_evidence).abs() < 5 * error)[~first.doubtful].all()
+    gap, error = sandwich(cevae.model, cevae.guide, x.repeat(5, 1), t.repeat(5), y.repeat(5), num_temperatures=30).mean
+    assert abs(gap) < 4 * error + 0.02
+
+
+# -- all data as one point --------------------------------------------------------------------------------------------
+
+
+def global_mean(x):
+    """m ~ N(0, 1), z_n ~ N(m, 1), x_n ~ N(z_n, 1): x ~ N(0, 2 I + 1 1ᵀ), jointly."""
+    m = pyro.sample("m", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(m, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def global_guide(x):
+    m = pyro.sample("m", dist.Normal(x.mean() * len(x) / (len(x) + 2), 1.1 * math.sqrt(2 / (len(x) + 2))))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal((x + m) / 2, math.sqrt(0.5)))
+
+
+def joint_log_evidence(x):
+    return dist.MultivariateNormal(torch.zeros(len(x)), 2 * torch.eye(len(x)) + 1).log_prob(x).double()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_joint_evidence_with_a_global_latent(estimator):
+    x = torch.randn(8) + 1
+    evidence = estimator(global_mean, global_guide, x, plate=None)
+    assert evidence.log_evidence.shape == (1,)
+    assert (evidence.log_evidence - joint_log_evidence(x)).abs().item() < 5 * evidence.standard_error.item() + 1e-4
+    particles = draw_particles(global_mean, global_guide, x, num_particles=3, plate=None)
+    assert particles.latents["m"].shape == (3, 1)
+    assert particles.latents["z"].shape == (3, 1, 8)
+
+
+def test_joint_evidence_with_autoguides():
+    x = torch.randn(8) + 1
+    for make, options in ((AutoNormal, {}), (AutoMultivariateNormal, {"init_scale": 0.5})):
+        guide = make(global_mean, **options)
+        guide(x)
+        svi = SVI(
+            global_mean, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO(num_particles=8, vectorize_particles=True)
+        )
+        for _ in range(300):
+            svi.step(x)
+        for estimator in (importance_sampling, adaptive_importance_sampling):
+            evidence = estimator(global_mean, guide, x, plate=None)
+            assert (evidence.log_evidence - joint_log_evidence(x)).abs() < 5 * evidence.standard_error
+        if make is AutoMultivariateNormal:  # its density is known through an auxiliary variable only
+            with pytest.raises(ValueError, match=r"the guide draws .* no latents of the model"):
+                annealed(global_mean, guide, x, plate=None)
+            evidence = annealed(global_mean, guide, x, plate=None, start="adapted")
+            assert (evidence.log_evidence - joint_log_evidence(x)).abs() < 5 * evidence.standard_error
+
+
+def test_per_point_evidence_with_a_latent_outside_says_what_to_do():
+    with pytest.raises(ValueError, match=r"site 'm' of the guide is outside plate 'data'.*plate=None for the joint"):
+        importance_sampling(global_mean, global_guide, torch.randn(8))
+
+
+def test_joint_evidence_needs_all_data():
+    def model(x):
+        with pyro.plate("data", 100, subsample_size=8):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 100, subsample_size=8):
+            pyro.sample("z", dist.Normal(x / 2, 1.0))
+
+    with pytest.raises(ValueError, match="plate 'data' has 8 of 100 data points; the joint evidence"):
+        importance_sampling(model, guide, torch.randn(8), plate=None)
