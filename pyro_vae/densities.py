@@ -94,9 +94,8 @@ class LatentDensity:
             return None
         missing = self._sites.keys() - draws.keys()
         if missing:
-            raise ValueError(
-                f"exact_draw: expected draws of the latent sites {sorted(self._sites)}, missing {missing}."
-            )
+            sites = sorted(self._sites)
+            raise ValueError(f"exact_draw: expected draws of the sites {sites}, missing {sorted(missing)}.")
         return self.unconstrain({name: draws[name][self.rows or slice(None)].unsqueeze(0) for name in self._sites})
 
     @torch.no_grad()

@@ -148,7 +148,7 @@ class ImportanceWeightedELBO(ELBO):
         traces = [(1, model_trace)] if guide_trace is None else [(1, model_trace), (-1, guide_trace)]
         width = 1 + self.max_plate_nesting
         dim = next((f.dim for f in plate_frames(model_trace) if f.name == self.plate), None)
-        scales, log_weight, score = {}, 0.0, None
+        scales, log_weight, score = [], 0.0, None
         for sign, trace in traces:
             for name, site in sample_sites(trace).items():
                 if sign < 0 and site["is_observed"]:
@@ -164,23 +164,23 @@ class ImportanceWeightedELBO(ELBO):
                 value = value.reshape((1,) * (width - value.dim()) + value.shape)
                 others = [a for a in range(1, width) if a != width + dim]
                 value = value.sum(others) if others else value
-                scales[name] = site["scale"]
+                scales.append((f"{name!r} of the {'model' if sign > 0 else 'guide'}", site["scale"]))
                 log_weight = log_weight + sign * value
                 if sign < 0 and not site["fn"].has_rsample:
                     score = value if score is None else score + value
         return self._scale(scales), log_weight, score
 
     @staticmethod
-    def _scale(scales: dict[str, Any]) -> Any:
-        first, *rest = scales.items()
-        for name, scale in rest:
+    def _scale(scales: list[tuple[str, Any]]) -> Any:
+        first, *rest = scales
+        for site, scale in rest:
             if scale is not first[1] and not torch.equal(torch.as_tensor(scale), torch.as_tensor(first[1])):
                 raise ValueError(
-                    f"sites {first[0]!r} and {name!r} are scaled by {first[1]} and {scale}; the bound takes one scale, "
-                    "outside of the logarithm, for all sites of a data point. Try poutine.scale around the whole model."
+                    f"site {first[0]} is scaled by {first[1]}, site {site} by {scale}; the bound takes one scale, "
+                    "outside of the logarithm, for all sites of a data point. Try poutine.scale around model and guide."
                 )
         if isinstance(first[1], Tensor) and first[1].numel() > 1:
-            raise ValueError(f"site {first[0]!r}: expected one scale for all data points, got {first[1].numel()}.")
+            raise ValueError(f"site {first[0]}: expected one scale for all data points, got {first[1].numel()}.")
         return first[1]
 
     def _bound(self, log_weight: Tensor) -> Tensor:

@@ -42,17 +42,18 @@ def fit_tail(top: Tensor, length: int, tolerance: float) -> tuple[Tensor, Tensor
     fit = torch.isfinite(largest) & ~equal
     threshold = (cutoff[fit] - largest[fit]).exp()
     excess = (top[:length, fit] - largest[fit]).exp() - threshold
-    raw, scale, khat[fit] = _generalized_pareto(excess.flip(0))
+    shape, scale = _generalized_pareto(excess.flip(0))
+    khat[fit] = shape
     p = ((torch.arange(length, 0, -1, dtype=top.dtype, device=top.device) - 0.5) / length).unsqueeze(-1)
-    small = raw.abs() < 1e-8
-    shape = torch.where(small, 1.0, raw)
-    quantile = torch.where(small, -torch.log1p(-p), torch.expm1(-shape * torch.log1p(-p)) / shape) * scale
+    small = shape.abs() < 1e-8
+    k = torch.where(small, 1.0, shape)
+    quantile = torch.where(small, -torch.log1p(-p), torch.expm1(-k * torch.log1p(-p)) / k) * scale
     smoothed[:, fit] = (threshold + quantile).log().clamp(max=0.0) + largest[fit]
     return khat, smoothed
 
 
-def _generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Generalized Pareto distributions fitted to x (M, n), ascending, ≥ 0: shape k, scale σ, and k with a prior.
+def _generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape k and scale σ of generalized Pareto distributions fitted to x (M, n), ascending, ≥ 0.
 
     Zhang & Stephens (2009): a profile posterior over b = −k/σ on a grid set by the quartile; then the
     weak prior of Vehtari et al. (2024, appendix G) that draws k to ½ with the weight of ten observations.
@@ -67,4 +68,4 @@ def _generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = log_likelihood.softmax(0)
     b_hat = (weight * b).sum(0)
     k = torch.log1p(-b_hat * x).mean(0)
-    return k, -k / b_hat, (m * k + 10 * 0.5) / (m + 10)
+    return (m * k + 10 * 0.5) / (m + 10), -k / b_hat

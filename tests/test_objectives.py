@@ -1,0 +1,205 @@
+"""The importance-weighted bound: equal to Pyro's ELBO at K = 1, below log p(x) always, gradients without bias."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
+from truths import LinearGaussian, linear_vae, linear_vae_log_evidence, small_vae
+
+from pyro_vae import ImportanceWeightedELBO, fit
+
+
+def gradients(elbo, vae, x, seed=1):
+    vae.zero_grad()
+    pyro.set_rng_seed(seed)
+    loss = elbo.differentiable_loss(vae.model, vae.guide, x)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in vae.parameters()])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_one_particle_is_trace_elbo(full, device):
+    vae = small_vae(full=full).to(device)
+    x = torch.bernoulli(torch.full((6, 4, 4), 0.5, device=device))
+    pyro_loss, pyro_gradient = gradients(Trace_ELBO(), vae, x)
+    loss, gradient = gradients(ImportanceWeightedELBO(1), vae, x)
+    assert loss == pytest.approx(pyro_loss, rel=1e-6)
+    torch.testing.assert_close(gradient, pyro_gradient, rtol=1e-4, atol=1e-5)
+    pyro.set_rng_seed(1)
+    assert ImportanceWeightedELBO(1).loss(vae.model, vae.guide, x) == pytest.approx(pyro_loss, rel=1e-6)
+    vae.zero_grad()
+    pyro.set_rng_seed(1)
+    assert ImportanceWeightedELBO(1).loss_and_grads(vae.model, vae.guide, x) == pytest.approx(pyro_loss, rel=1e-6)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in vae.parameters()]), gradient)
+
+
+def test_without_subsampling_it_is_the_renyi_bound():
+    vae = small_vae()
+    x = torch.bernoulli(torch.full((6, 4, 4), 0.5))
+    renyi = RenyiELBO(alpha=0, num_particles=7, vectorize_particles=True, max_plate_nesting=1)
+    pyro.set_rng_seed(1)
+    expected = renyi.loss(vae.model, vae.guide, x)
+    pyro.set_rng_seed(1)
+    assert ImportanceWeightedELBO(7).loss(vae.model, vae.guide, x) == pytest.approx(expected, rel=1e-5)
+
+
+def subsampled(truth, size):
+    def model(x):
+        with pyro.plate("data", size, subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(truth.weight[0]), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ truth.weight.T + truth.bias, truth.noise).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", size, subsample_size=len(x)):
+            pyro.sample("z", truth.posterior(x, 1.7))
+
+    return model, guide
+
+
+def test_with_subsampling_it_never_exceeds_the_exact_value():
+    """800 points, of which a batch has 8: Pyro's bound is above the truth, this one below and near."""
+    truth = LinearGaussian(2, 4)
+    x = truth.sample(8)
+    model, guide = subsampled(truth, 800)
+    exact = 100 * truth.log_evidence(x).sum().item()
+    bounds = torch.tensor([-ImportanceWeightedELBO(50).loss(model, guide, x) for _ in range(200)])
+    assert bounds.mean().item() < exact + 3 * bounds.std().item() / math.sqrt(200)
+    assert bounds.mean().item() > exact - 0.05 * abs(exact)
+    elbo = torch.tensor([-Trace_ELBO().loss(model, guide, x) for _ in range(200)])
+    assert elbo.mean() < bounds.mean()
+    renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
+    assert -renyi.loss(model, guide, x) > exact  # why this exists
+
+
+def test_the_bound_rises_with_k():
+    vae, x = small_vae(), torch.bernoulli(torch.full((50, 4, 4), 0.5))
+    means = [sum(-ImportanceWeightedELBO(k).loss(vae.model, vae.guide, x) for _ in range(40)) for k in (1, 5, 50)]
+    assert means[0] < means[1] < means[2]
+
+
+def mean_gradient(elbo, vae, x, n=300):
+    samples = torch.stack([gradients(elbo, vae, x, seed)[1] for seed in range(n)])
+    return samples.mean(0), samples.std(0) / math.sqrt(n), samples.std(0)
+
+
+def test_doubly_reparameterized_gradients_have_the_same_mean_and_less_noise():
+    vae, x = small_vae(), torch.bernoulli(torch.full((4, 4, 4), 0.5))
+    plain, plain_error, plain_std = mean_gradient(ImportanceWeightedELBO(6), vae, x)
+    double, double_error, double_std = mean_gradient(ImportanceWeightedELBO(6, doubly_reparameterized=True), vae, x)
+    z = (plain - double) / (plain_error.square() + double_error.square()).sqrt().clamp(min=1e-9)
+    assert z.abs().max() < 5
+    assert 0.5 < z.std() < 1.5
+    guide = torch.cat([torch.full((p.numel(),), n.startswith("posterior")) for n, p in vae.named_parameters()])
+    assert (double_std / plain_std.clamp(min=1e-9))[guide].median() < 0.7
+    assert gradients(ImportanceWeightedELBO(6, doubly_reparameterized=True), vae, x)[0] == pytest.approx(
+        gradients(ImportanceWeightedELBO(6), vae, x)[0], rel=1e-5
+    )
+
+
+def test_doubly_reparameterized_gradients_through_two_levels():
+    """z2 | z1 in the guide: the gradient of z1 goes through the draw of z2, too."""
+    a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(0.6, requires_grad=True)
+    x = torch.tensor([0.5, -1.0, 2.0])
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(0.0, 1.0))
+            z2 = pyro.sample("z2", dist.Normal(z1, 1.0))
+            pyro.sample("x", dist.Normal(z2, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(a * x, 0.9))
+            pyro.sample("z2", dist.Normal(b * (x + z1), 0.8))
+
+    means = []
+    for double in (False, True):
+        elbo = ImportanceWeightedELBO(3, doubly_reparameterized=double)
+        samples = []
+        for _ in range(1500):
+            grads = torch.autograd.grad(elbo.differentiable_loss(model, guide, x), [a, b])
+            samples.append(torch.stack(grads))
+        samples = torch.stack(samples)
+        means.append((samples.mean(0), samples.std(0) / math.sqrt(len(samples))))
+    (m1, e1), (m2, e2) = means
+    assert ((m1 - m2).abs() < 5 * (e1.square() + e2.square()).sqrt()).all()
+
+
+def test_score_function_gradients_of_discrete_latents():
+    """Against the exact gradient of E log mean w over the four pairs of draws, K = 2."""
+    logit = torch.tensor(0.4, requires_grad=True)
+    x = torch.tensor([0.7])
+
+    def model(x):
+        with pyro.plate("data", 1):
+            y = pyro.sample("y", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(2 * y, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 1):
+            pyro.sample("y", dist.Bernoulli(logits=logit.expand(1)))
+
+    q = dist.Bernoulli(logits=logit)
+    values = torch.tensor([0.0, 1.0])
+    log_weight = dist.Bernoulli(0.3).log_prob(values) + dist.Normal(2 * values, 1.0).log_prob(x) - q.log_prob(values)
+    pairs = (log_weight[:, None].exp() + log_weight[None].exp()).log() - math.log(2)
+    probability = q.log_prob(values).exp()
+    exact = torch.autograd.grad(-(probability[:, None] * probability[None] * pairs).sum(), logit)[0].item()
+    samples = []
+    for _ in range(2000):
+        samples.append(torch.autograd.grad(ImportanceWeightedELBO(2).differentiable_loss(model, guide, x), logit)[0])
+    samples = torch.stack(samples)
+    assert abs(samples.mean().item() - exact) < 5 * samples.std().item() / math.sqrt(2000)
+    with pytest.raises(ValueError, match="site 'y': Bernoulli cannot be reparameterized"):
+        ImportanceWeightedELBO(2, doubly_reparameterized=True).differentiable_loss(model, guide, x)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_in_fit_and_in_svi(double):
+    """A linear VAE whose diagonal posterior cannot be exact: K = 20 comes nearer to the maximum likelihood."""
+    torch.manual_seed(0)
+    x = LinearGaussian(2, 5).sample(300)
+    vae = linear_vae(2, 5, full=False, name=f"vae_{double}")
+    loss = ImportanceWeightedELBO(10, doubly_reparameterized=double)
+    result = fit(vae.model, vae.guide, x, num_epochs=60, learning_rate=0.02, loss=loss, seed=0)
+    exact = linear_vae_log_evidence(vae, x).mean().item()
+    assert -exact - 0.1 < result.loss[-1] < -exact + 0.15
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss)
+    before = vae.likelihood.head.weight.detach().clone()
+    value = svi.step(x)
+    assert value / 300 == pytest.approx(result.loss[-1], abs=0.3)
+    assert not vae.likelihood.head.weight.equal(before)
+
+
+def test_errors():
+    def outside(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def outside_guide(x):
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+
+    def scaled(x):
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=0.5):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    elbo, x = ImportanceWeightedELBO(2), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"site 'm' is outside plate 'data' \(its plates: none\)"):
+        elbo.loss(outside, outside_guide, x)
+    with pytest.raises(ValueError, match=r"site 'z' of the model is scaled by 0.5, site 'x' of the model by 1.0.*Try"):
+        elbo.loss(scaled, guide, x)
+    with pytest.raises(ValueError, match=r"latent sites \['m'\] are in the model alone"):
+        elbo.loss(outside, lambda x: None, x)
+    with pytest.raises(ValueError, match="num_particles: expected at least 1, got 0"):
+        ImportanceWeightedELBO(0)
