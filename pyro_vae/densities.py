@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transforms
 
 from pyro_vae.particles import ParticleSampler
-from pyro_vae.traces import SetValues, sample_sites, unobserved
+from pyro_vae.traces import SetValues, StopAfter, sample_sites, unobserved
 
 __all__ = ["LatentDensity"]
 
@@ -86,7 +86,8 @@ class LatentDensity:
     @torch.no_grad()
     def draw_prior(self, num_particles: int) -> Tensor:
         """u ~ p(u), (K, N, D)."""
-        return self._join(self.sampler.run(unobserved(self.sampler.model), num_particles, self.rows))
+        prior = StopAfter(self._sites)(unobserved(self.sampler.model))
+        return self._join(self.sampler.run(prior, num_particles, self.rows))
 
     def exact(self, draws: Mapping[str, Tensor] | None) -> Tensor | None:
         """u of draws {site: (N_all, *inner plates, *event)} at these rows, (1, N, D)."""

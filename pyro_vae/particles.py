@@ -20,7 +20,7 @@ effective sample size functions of them. This file draws them and knows traces a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.checks import check_rows, check_support
 from pyro_vae.layout import PARTICLE_PLATE, Layout
-from pyro_vae.traces import SetSubsample, evaluation_mode, sample_sites, site_log_prob, sum_product
+from pyro_vae.traces import SetSubsample, StopAfter, evaluation_mode, sample_sites, site_log_prob, sum_product
 
 __all__ = ["ParticleSampler", "Particles", "check_num_particles", "draw_particles"]
 
@@ -214,7 +214,10 @@ class ParticleSampler:
             function = poutine.replay(function, replay)
         subsample = nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
         with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), subsample:
-            return poutine.trace(function).get_trace(*args, **kwargs)
+            tracer = poutine.trace(function)
+            with suppress(StopAfter.Done):
+                tracer(*args, **kwargs)
+            return tracer.trace
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0

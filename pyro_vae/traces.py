@@ -20,6 +20,7 @@ from torch import Tensor, nn
 __all__ = [
     "SetSubsample",
     "SetValues",
+    "StopAfter",
     "evaluation_mode",
     "plate_frames",
     "sample_sites",
@@ -147,6 +148,27 @@ class SetValues(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.latents:
             msg["value"] = self.latents[msg["name"]]
+
+
+class StopAfter(Messenger):
+    """Stops a function by `StopAfter.Done` as soon as these sites have been sampled: no decoder runs for a prior."""
+
+    class Done(Exception):
+        pass
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        super().__init__()
+        self.sites = set(sites)
+        self._left: set[str] = set()
+
+    def __enter__(self) -> Any:
+        self._left = set(self.sites)
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        self._left.discard(msg["name"])
+        if not self._left:
+            raise self.Done
 
 
 class SetSubsample(Messenger):

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from torch import nn
+from pyro_pairs import SemiSupervised
 
 from pyro_vae import (
     adaptive_importance_sampling,
@@ -31,57 +31,12 @@ def annealed(*args, **options):
 ESTIMATORS = [importance_sampling, adaptive_importance_sampling, annealed]
 
 
-class SemiSupervised(nn.Module):
-    """The model of Kingma et al. (2014) as Pyro's examples write it: a plate without a size, a one-hot label."""
-
-    def __init__(self, pixels=9, classes=3, latent=2):
-        super().__init__()
-        self.classes, self.latent = classes, latent
-        self.decoder = nn.Sequential(nn.Linear(latent + classes, 16), nn.Tanh(), nn.Linear(16, pixels))
-        self.classifier = nn.Sequential(nn.Linear(pixels, 16), nn.Tanh(), nn.Linear(16, classes))
-        self.encoder = nn.Sequential(nn.Linear(pixels + classes, 16), nn.Tanh(), nn.Linear(16, 2 * latent))
-
-    @staticmethod
-    def join(*tensors):
-        shape = torch.broadcast_shapes(*(t.shape[:-1] for t in tensors))
-        return torch.cat([t.expand(shape + t.shape[-1:]) for t in tensors], -1)
-
-    def logits(self, z, y):
-        return 3 * self.decoder(self.join(z, y))
-
-    def model(self, xs, ys=None):
-        pyro.module("semi_supervised", self)
-        with pyro.plate("data"):
-            zeros = xs.new_zeros(len(xs), self.latent)
-            zs = pyro.sample("z", dist.Normal(zeros, 1.0).to_event(1))
-            uniform = xs.new_ones(len(xs), self.classes) / self.classes
-            ys = pyro.sample("y", dist.OneHotCategorical(uniform), obs=ys)
-            pyro.sample("x", dist.Bernoulli(logits=self.logits(zs, ys)).to_event(1), obs=xs)
-
-    def guide(self, xs, ys=None):
-        with pyro.plate("data"):
-            if ys is None:
-                ys = pyro.sample("y", dist.OneHotCategorical(logits=self.classifier(xs)))
-            loc, log_scale = self.encoder(self.join(xs, ys)).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-    @torch.no_grad()
-    def log_joint(self, x):
-        """log p(x, y) for each label, (N, classes), by quadrature over two latents."""
-        axis = torch.linspace(-6, 6, 241)
-        z = torch.cartesian_prod(axis, axis)
-        log_prior = dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + 2 * math.log(12 / 240) - math.log(self.classes)
-        values = []
-        for y in torch.eye(self.classes):
-            p = dist.Bernoulli(logits=self.logits(z, y)).to_event(1)
-            values.append((p.log_prob(x.unsqueeze(1)) + log_prior).logsumexp(1))
-        return torch.stack(values, -1).double()
-
-
 @pytest.fixture
 def semi_supervised():
     torch.manual_seed(0)
-    net = SemiSupervised()
+    net = SemiSupervised(pixels=9, classes=3, hidden=16)
+    with torch.no_grad():
+        net.decoder[-1].weight.mul_(3)  # so that z and y matter
     x = torch.bernoulli(torch.full((7, 9), 0.5))
     return net, x
 

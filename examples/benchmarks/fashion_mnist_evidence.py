@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def real_images(vae: VAE, x: torch.Tensor, options: Any) -> list[str]:
-    fit_calls = 8 * 64 * 3 + 300 + 1  # of the adaptive method, at 50 latents
+    fit_calls = 8 * 64 * 3 + 300 + 2  # of the adaptive method, at 50 latents
     methods: dict[str, tuple[Callable, dict[str, Any]]] = {
         "importance, 5000": (importance_sampling, {"num_particles": BUDGET}),
         "importance, 5000, jackknife": (importance_sampling, {"num_particles": BUDGET, "correction": "jackknife"}),
