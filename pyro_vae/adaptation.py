@@ -27,6 +27,7 @@ from pyro_vae.proposals import Gaussians, from_guide, from_prior, mixture_weight
 __all__ = ["adaptive_importance_sampling", "fit_gaussians"]
 
 FIRST_DRAWS = 100  # of the guide, whose moments are the start; and of both components, to find their shares
+FIT_TOGETHER = 200  # weights whose tensors a row's fit makes at a time
 RIDGE = 0.2  # of the regression, towards the current covariance, in units of a draw's weight
 WIDEN = 1.05  # of the fitted standard deviations: tails that are too light cost more than ones that are too heavy
 LEAST_SHARE = 0.15  # of the draws, for each component
@@ -122,6 +123,7 @@ def adaptive_importance_sampling(
         smooth=smooth,
         correction=correction,
         chunk_size=chunk_size,
+        together=FIT_TOGETHER,
         progress=progress,
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import biject_to, transforms
 
 from pyro_vae.particles import ParticleSampler
-from pyro_vae.traces import SetValues, StopAfter, sample_sites, unobserved
+from pyro_vae.traces import SetValues, StopAfter, sample_sites, site_log_prob, unobserved
 
 __all__ = ["LatentDensity"]
 
@@ -141,7 +141,7 @@ class LatentDensity:
             )
         if len(sites) == 1 and not self.discrete:  # q depends on no other latent, and its encoder ran already
             name, site = next(iter(sites.items()))
-            log_prob = site["fn"].log_prob(latents[name])
+            log_prob = site_log_prob({**site, "value": latents[name]})
             return self.layout.sum_to_points(name, log_prob, self.rows)
         guide = SetValues(latents)(self.sampler.guide)
         trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.layout.enumerated)

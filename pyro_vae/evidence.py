@@ -120,6 +120,7 @@ def collect(
     correction: str | None = None,
     chunk_size: int | None = None,
     tensors: float = 1.0,
+    together: int | None = None,
     progress: bool = True,
 ) -> Evidence:
     """Evidence from log-weights, for chunks of rows and of particles.
@@ -135,13 +136,14 @@ def collect(
         correction: of the bias: None, "delta" or "jackknife".
         chunk_size: particles × rows of one pass.
         tensors: how many times the tensors of one log-weight a pass makes.
+        together: how many particles of a row should pass at once, as in `ParticleSampler.chunks`.
         progress: show a progress bar, if on a terminal.
     """
     if smooth or correction is not None:
         bound = NO_BOUND
     parts = []
     with torch.no_grad(), evaluation_mode():
-        rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors)
+        rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)
         with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
             for r in rows:
                 draw = prepare(r)

@@ -126,7 +126,12 @@ class ParticleSampler:
     # -- chunks -------------------------------------------------------------------------------------------------------
 
     def chunks(
-        self, num_particles: int, chunk_size: int | None = None, *, tensors: float = 1.0
+        self,
+        num_particles: int,
+        chunk_size: int | None = None,
+        *,
+        tensors: float = 1.0,
+        together: int | None = None,
     ) -> tuple[list[slice], list[int]]:
         """Slices of rows, and counts of particles that sum to `num_particles`, for passes in bounded memory.
 
@@ -135,11 +140,14 @@ class ParticleSampler:
             chunk_size: particles × rows of one pass, at most, where rows can be told apart at all; default: as many
                 as make 24 MiB of tensors.
             tensors: how many times the tensors of one weight a pass makes.
+            together: how many particles of a row should pass at once; default: all K, so that rows come one after the
+                other where K is large. Work that is done once for each row is done faster for many.
         """
+        together = max(1, num_particles if together is None else min(together, num_particles))
         cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
         rows = self.layout.fixed or self.num_points
         if self.layout.length is not None:
-            rows = min(rows, max(1, cells // max(1, num_particles)))
+            rows = min(rows, max(1, cells // together))
         at_once = max(1, min(num_particles, cells // rows))
         whole, rest = divmod(num_particles, at_once)
         slices = [slice(i, min(i + rows, self.num_points)) for i in range(0, self.num_points, rows)]
@@ -297,7 +305,7 @@ class _CountBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.total, self._seen = 0, set()
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
