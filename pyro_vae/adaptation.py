@@ -145,7 +145,7 @@ def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: floa
     identity = torch.eye(size).to(draws)
     half = (max(16, size + 14) + 1) // 2
     for _ in range(num_steps):
-        noise = torch.randn(half, *current.loc.shape).to(draws)
+        noise = current.noise(half)
         noise = torch.cat([noise, -noise])  # so that of a quadratic the mean gradient is exact
         gradient = torch.einsum("nij,kni->knj", current.scale_tril, density.gradient(current(noise)))
         mean = gradient.mean(0)

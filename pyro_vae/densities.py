@@ -79,10 +79,6 @@ class LatentDensity:
             return self._join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
         return self._join(self.sampler.traces(num_particles, self.rows, check=False)[1])
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self._sites.values()))["value"].device
-
     @torch.no_grad()
     def draw_prior(self, num_particles: int) -> Tensor:
         """u ~ p(u), (K, N, D)."""

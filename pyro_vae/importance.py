@@ -106,7 +106,7 @@ def importance_sampling(
             first = iter([True])
             return lambda count: sampler.log_weight(count, rows, check=next(first, False))
         density = LatentDensity(sampler, rows)
-        counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=density.device)
+        counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=sampler.layout.device)
         proposals = [from_guide(density), from_prior(density)]
         return mixture_weights(density, proposals, counts, density.exact(exact_draw))
 

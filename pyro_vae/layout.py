@@ -177,6 +177,11 @@ class Layout:
     # -- tensors ------------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Of the model's values."""
+        return next((site["value"].device for site in sample_sites(self.model_trace).values()), torch.device("cpu"))
+
+    @property
     def width(self) -> int:
         """Batch dimensions under the particle plate."""
         return 1 + self.max_plate_nesting

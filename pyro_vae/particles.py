@@ -277,7 +277,7 @@ class ParticleSampler:
             for name, site in sites
             if site["is_observed"] == observed
         ]
-        return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1)
+        return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=self.layout.device)
 
     def _sum_product(self, traces: Any, sign: Callable, num_particles: int, rows: slice | None) -> Tensor:
         keep = {PARTICLE_PLATE: num_particles}

@@ -54,7 +54,11 @@ class Gaussians:
             noise = torch.einsum("nij,knj->kni", inverse, u - self.loc)
             return -0.5 * noise.square().sum(-1) - 0.5 * u.shape[-1] * log(2 * pi) - log_det
 
-        return Proposal(lambda count: self(torch.randn(count, *self.loc.shape).to(self.loc)), log_prob)
+        return Proposal(lambda count: self(self.noise(count)), log_prob)
+
+    def noise(self, num_particles: int) -> Tensor:
+        """ε ~ N(0, I), (K, N, D)."""
+        return torch.randn(num_particles, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def __call__(self, noise: Tensor) -> Tensor:
         """loc + scale_tril ε for noise ε, (K, N, D)."""

@@ -71,6 +71,13 @@ def test_with_subsampling_it_never_exceeds_the_exact_value():
     assert bounds.mean().item() > exact - 0.05 * abs(exact)
     elbo = torch.tensor([-Trace_ELBO().loss(model, guide, x) for _ in range(200)])
     assert elbo.mean() < bounds.mean()
+    for double in (False, True):
+        loss = ImportanceWeightedELBO(50, doubly_reparameterized=double)
+        values = []
+        for evaluate in (loss.loss, loss.differentiable_loss, loss.loss_and_grads):
+            pyro.set_rng_seed(2)
+            values.append(torch.as_tensor(evaluate(model, guide, x)).item())
+        assert values == pytest.approx([values[0]] * 3, rel=1e-6)
     renyi = RenyiELBO(alpha=0, num_particles=50, vectorize_particles=True, max_plate_nesting=1)
     assert -renyi.loss(model, guide, x) > exact  # why this exists
 
