@@ -141,6 +141,7 @@ def collect(
     """
     if smooth or correction is not None:
         bound = NO_BOUND
+    sampler.layout.check_density()
     parts = []
     with torch.no_grad(), evaluation_mode():
         rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)

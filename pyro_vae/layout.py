@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -53,6 +54,8 @@ class Layout:
 
     def _find_rows(self) -> None:
         """Finds the plate and how to run on some of the rows: by cutting arguments, or by choosing its subsample."""
+        if getattr(self.guide, "prototype_trace", self) is None:  # an autoguide, which sets its sizes at its first run
+            self._look(None)
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
         for self.length in dict.fromkeys(len(a) for a in tensors if len(a) > 3):
             try:
@@ -115,6 +118,21 @@ class Layout:
                 f"model and {guide} in the guide. Try pyro.plate(…, dim=-1), the same everywhere."
             )
         return dims[0].pop()
+
+    def check_density(self) -> None:
+        """Raises ValueError where a draw of the guide has no density: weights would be meaningless, and look fine."""
+        sites = {n: s for n, s in sample_sites(self.guide_trace).items() if not s["is_observed"]}
+        if sites.keys() - self.latents:
+            return  # drawn through auxiliary sites, whose density stands in
+        for name, site in sites.items():
+            base = site["fn"]
+            while hasattr(base, "base_dist"):
+                base = base.base_dist
+            if isinstance(base, dist.Delta) and not base.log_density.any():
+                raise ValueError(
+                    f"site {name!r} of the guide is a point (Delta), which has no density to weigh its draws by. Try a "
+                    "guide that is a distribution, such as pyro.infer.autoguide.AutoNormal."
+                )
 
     def _check_sites(self, frames: list[Any]) -> None:
         latents = {}

@@ -113,7 +113,7 @@ class ImportanceWeightedELBO(ELBO):
         # the gradient of log w in z is taken; what is left of log w depends on the parameters of the model alone
         _, log_joint, _ = self._weigh(None, replayed[1])
         surrogate = (share * log_joint).sum()
-        surrogate = surrogate + sum((g * z).sum() for g, z in zip(gradients, latents.values(), strict=True))
+        surrogate = surrogate + sum((g.detach() * z).sum() for g, z in zip(gradients, latents.values(), strict=True))
         return -scale * (self._bound(log_weight.detach()).sum() + surrogate - surrogate.detach())
 
     # -- traces and weights -------------------------------------------------------------------------------------------

@@ -71,11 +71,13 @@ def draw_particles(
     held at once: for summaries of many, `importance_sampling` streams.
 
     Args:
-        model: a Pyro model, with the data points in a plate called `plate`, at any depth.
-        guide: its guide, with the same latent sites. Its observed sites are auxiliary and left out of q.
+        model: a Pyro model, with the data points in a plate called `plate`, at any depth. Discrete latents that the
+            guide leaves to it are summed out, if `pyro.infer.config_enumerate` marks them.
+        guide: its guide, with the other latent sites. Its observed sites are auxiliary and left out of q.
         *args: what both are called with.
         num_particles: K ≥ 1.
-        plate: name of the plate of data points.
+        plate: name of the plate of data points; None takes all data as one point, N = 1, latents outside of plates
+            included.
         **kwargs: what both are called with.
 
     Returns:

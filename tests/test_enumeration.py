@@ -9,7 +9,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro_pairs import SemiSupervised
 
 from pyro_vae import (
@@ -179,6 +179,45 @@ def test_a_latent_whose_prior_depends_on_a_summed_one():
         assert ((evidence.log_evidence - mixture.log_prob(x)).abs() < 5 * evidence.standard_error).all()
 
 
+def test_a_hidden_markov_model_is_summed_by_the_forward_algorithm():
+    steps, transition = 6, torch.rand(3, 3).softmax(-1)
+    loc = torch.tensor([-1.0, 0.0, 2.0])
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            state = 0
+            for t in pyro.markov(range(steps)):
+                state = pyro.sample(f"state_{t}", dist.Categorical(transition[state]))
+                pyro.sample(f"x_{t}", dist.Normal(loc[state], 1.0), obs=x[:, t])
+
+    x = torch.randn(5, steps)
+    forward = transition[0].log() + dist.Normal(loc, 1.0).log_prob(x[:, 0, None])
+    for t in range(1, steps):
+        forward = (forward.unsqueeze(-1) + transition.log()).logsumexp(1)
+        forward = forward + dist.Normal(loc, 1.0).log_prob(x[:, t, None])
+    evidence = importance_sampling(model, lambda x: None, x, num_particles=2)
+    torch.testing.assert_close(evidence.log_evidence.float(), forward.logsumexp(-1), atol=1e-4, rtol=0)
+
+
+def test_a_global_latent_and_labels_summed_inside_the_plate():
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(m + 3 * y, 1.0), obs=x)
+
+    x = torch.randn(6)
+    m = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    rows = torch.stack(
+        [dist.Normal(m[:, None] + 3 * y, 1.0).log_prob(x) + math.log(p) for y, p in ((0, 0.7), (1, 0.3))]
+    )
+    exact = (rows.logsumexp(0).sum(-1) + dist.Normal(0.0, 1.0).log_prob(m)).logsumexp(0) + math.log(16 / 4000)
+    for estimator in ESTIMATORS:
+        evidence = estimator(model, lambda x: pyro.sample("m", dist.Normal(0.0, 0.7)), x, plate=None)
+        assert (evidence.log_evidence - exact).abs() < 5 * evidence.standard_error
+
+
 def test_a_masked_row_still_sums_to_one():
     x, mask = torch.randn(5), torch.tensor([True, False, True, False, True])
 
@@ -265,6 +304,22 @@ def test_joint_evidence_with_autoguides():
                 annealed(global_mean, guide, x, plate=None)
             evidence = annealed(global_mean, guide, x, plate=None, start="adapted")
             assert (evidence.log_evidence - joint_log_evidence(x)).abs() < 5 * evidence.standard_error
+
+
+def test_autoguides_with_a_latent_for_each_point():
+    """They know their sizes after the first run, which is one on all rows, and cannot be cut into rows."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x = torch.randn(9)
+    evidence = importance_sampling(model, AutoNormal(model, init_scale=1.0), x)
+    exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x)
+    assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error).all()
+    with pytest.raises(ValueError, match=r"site 'z' of the guide is a point \(Delta\), which has no density"):
+        importance_sampling(model, AutoDelta(model), x)
 
 
 def test_per_point_evidence_with_a_latent_outside_says_what_to_do():
