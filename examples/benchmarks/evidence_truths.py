@@ -315,7 +315,7 @@ def _row(cell: Cell, upper: bool) -> str:
 def summary(cells: dict[str, list[Cell]]) -> list[str]:
     """Over all truths; an estimator claims nothing where it calls all estimates doubtful."""
     lines = [
-        "| estimator | truths | largest error (SE) | lowest cover of 95 % | mean error furthest above a bound (nats) |",
+        "| estimator | truths | largest error (SE) | 95 % covers at least | mean error furthest beyond bound (nats) |",
         "|---|---|---|---|---|",
     ]
     for label, row in cells.items():

@@ -112,7 +112,7 @@ def simulated_images(vae: VAE, x: torch.Tensor, options: Any) -> list[str]:
     ]
     methods = {
         "importance, 5000": {"estimator": importance_sampling},
-        "adaptive, 5000 calls": {"estimator": adaptive_importance_sampling},
+        "adaptive, 3000": {"estimator": adaptive_importance_sampling},
         "annealed from the adapted, 32 × 100": {"start": "adapted", "num_temperatures": 100},
         "annealed from the prior, 32 × 200": {"start": "prior", "num_temperatures": 200},
     }
