@@ -125,8 +125,8 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         return e.log_evidence[finite].mean().nan_to_num(-torch.inf).item()
 
     ordered = dict(sorted(evidence.items(), key=lambda item: mean(item[1]), reverse=True))
-    best = next(iter(ordered.values()))
-    differences = {name: _difference(e, best) for name, e in ordered.items() if e is not best}
+    (_, best), *others = ordered.items()
+    differences = {name: _difference(e, best) for name, e in others}
     return Comparison(ordered, differences)
 
 

@@ -19,11 +19,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.layout import PARTICLE_PLATE
 from pyro_vae.particles import check_num_particles
-from pyro_vae.traces import plate_frames, sample_sites, site_log_prob, values
+from pyro_vae.traces import evaluation_mode, plate_frames, sample_sites, site_log_prob
 
 __all__ = ["ImportanceWeightedELBO"]
 
@@ -83,10 +85,9 @@ class ImportanceWeightedELBO(ELBO):
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """−bound, nats, a tensor whose gradient is that of the estimator."""
-        guide_trace, model_trace = self._get_trace(model, guide, args, kwargs)
         if self.doubly_reparameterized:
-            return self._doubly_reparameterized(model, guide, args, kwargs, guide_trace)
-        scale, log_weight, score = self._weigh(guide_trace, model_trace)
+            return self._doubly_reparameterized(model, guide, args, kwargs)
+        scale, log_weight, score = self._weigh(*self._get_trace(model, guide, args, kwargs))
         bound = self._bound(log_weight)
         if score is None:
             return -scale * bound.sum()
@@ -94,26 +95,23 @@ class ImportanceWeightedELBO(ELBO):
         surrogate = (signal * score).sum()
         return -scale * (bound.sum() + surrogate - surrogate.detach())
 
-    def _doubly_reparameterized(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict, guide_trace: poutine.Trace
-    ) -> Tensor:
-        sites = {n: s for n, s in sample_sites(guide_trace).items() if not s["is_observed"]}
-        for name, site in sites.items():
-            if not site["fn"].has_rsample:
-                raise ValueError(
-                    f"site {name!r}: {type(site['fn']).__name__} cannot be reparameterized. Try "
-                    "doubly_reparameterized=False, which adds a score-function term for it."
-                )
-        latents = {name: site["value"] for name, site in sites.items()}
-        leaves = {name: z.detach().requires_grad_() for name, z in latents.items()}
-        replayed = [self._trace(poutine.replay(f, values(leaves)), args, kwargs) for f in (guide, model)]
-        scale, log_weight, _ = self._weigh(*replayed)
-        share = log_weight.detach().softmax(0)
-        gradients = torch.autograd.grad((share.square() * log_weight).sum(), leaves.values(), retain_graph=True)
-        # the gradient of log w in z is taken; what is left of log w depends on the parameters of the model alone
-        _, log_joint, _ = self._weigh(None, replayed[1])
+    def _doubly_reparameterized(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor:
+        with _Leaves() as latents:
+            guide_trace, model_trace = self._get_trace(model, guide, args, kwargs)
+        scale, log_weight, _ = self._weigh(guide_trace, model_trace)
+        share, leaves = log_weight.detach().softmax(0), list(latents.leaves.values())
+        gradients = list(torch.autograd.grad((share.square() * log_weight).sum(), leaves, retain_graph=True))
+        # latents that are drawn given others pass their gradient on to these, the last one first
+        for i, z in reversed(list(enumerate(latents.draws.values()))):
+            if i and z.requires_grad:
+                passed = torch.autograd.grad(z, leaves[:i], gradients[i], retain_graph=True, allow_unused=True)
+                gradients[:i] = [g if p is None else g + p for g, p in zip(gradients[:i], passed, strict=True)]
+        # what is left of log w depends on the parameters of the model alone
+        _, log_joint, _ = self._weigh(None, model_trace)
         surrogate = (share * log_joint).sum()
-        surrogate = surrogate + sum((g.detach() * z).sum() for g, z in zip(gradients, latents.values(), strict=True))
+        surrogate = surrogate + sum(
+            (g.detach() * z).sum() for g, z in zip(gradients, latents.draws.values(), strict=True)
+        )
         return -scale * (self._bound(log_weight.detach()).sum() + surrogate - surrogate.detach())
 
     # -- traces and weights -------------------------------------------------------------------------------------------
@@ -121,7 +119,7 @@ class ImportanceWeightedELBO(ELBO):
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[poutine.Trace, ...]:
         """Of the guide and of the model, under the plate of particles."""
         if self._pair != (model, guide):
-            with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+            with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), poutine.block():
                 first = poutine.trace(guide).get_trace(*args, **kwargs)
                 both = first, poutine.trace(poutine.replay(model, first)).get_trace(*args, **kwargs)
             self.max_plate_nesting = -min((f.dim for f in plate_frames(*both) if f.dim is not None), default=0)
@@ -193,3 +191,29 @@ class ImportanceWeightedELBO(ELBO):
         others = ~torch.eye(self.num_particles, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
         left = log_weight.expand(self.num_particles, *log_weight.shape).masked_fill(~others, -inf)  # (K, K, N)
         return left.logsumexp(1) - log(self.num_particles - 1)
+
+
+class _Leaves(Messenger):
+    """Lets the draws of a guide's sites pass on as leaves of the graph, and keeps both.
+
+    Attributes:
+        draws: {site: z}, functions of the guide's parameters, given the leaves of sites before.
+        leaves: {site: z}, without history.
+    """
+
+    def __enter__(self) -> Any:
+        self.draws: dict[str, Tensor] = {}
+        self.leaves: dict[str, Tensor] = {}
+        return super().__enter__()
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or site_is_subsample(msg) or name in self.leaves:
+            return
+        if not msg["fn"].has_rsample:
+            raise ValueError(
+                f"site {name!r}: {type(msg['fn']).__name__} cannot be reparameterized. Try "
+                "doubly_reparameterized=False, which adds a score-function term for it."
+            )
+        self.draws[name] = msg["value"]
+        self.leaves[name] = msg["value"] = msg["value"].detach().requires_grad_()

@@ -107,6 +107,24 @@ def test_doubly_reparameterized_gradients_have_the_same_mean_and_less_noise():
     )
 
 
+def test_dropout_and_batch_norm_run_once_a_step():
+    """What scores a draw is what drew it: the same dropout masks, and one update of the running statistics."""
+    x = torch.bernoulli(torch.full((20, 4, 4), 0.5))
+    values, counts = [], []
+    for double in (False, True):
+        torch.manual_seed(0)
+        vae = small_vae(full=False, name=f"dropout_{double}")
+        norm = torch.nn.BatchNorm1d(16)
+        vae.posterior.network = torch.nn.Sequential(vae.posterior.network, norm, torch.nn.Dropout(0.5))
+        elbo = ImportanceWeightedELBO(4, doubly_reparameterized=double)
+        for _ in range(3):
+            pyro.set_rng_seed(1)
+            values.append(elbo.differentiable_loss(vae.model, vae.guide, x).item())
+        counts.append(int(norm.num_batches_tracked))
+    assert values == pytest.approx([values[0]] * 6, rel=1e-5)
+    assert counts == [3, 3]
+
+
 def test_doubly_reparameterized_gradients_through_two_levels():
     """z2 | z1 in the guide: the gradient of z1 goes through the draw of z2, too."""
     a, b = torch.tensor(0.3, requires_grad=True), torch.tensor(0.6, requires_grad=True)
