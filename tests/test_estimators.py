@@ -162,6 +162,32 @@ def test_latents_of_any_support():
         assert ((evidence.log_evidence - reference.log_evidence).abs() < 5 * error).all()
 
 
+def test_masked_latents_are_left_out_of_every_density():
+    """A latent that some rows do not have: masked in model and guide alike."""
+    has = torch.tensor([True, False, True, False])
+
+    def model(x, has):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.mask(mask=has):
+                z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(torch.where(has, z, 0.0), 1.0), obs=x)
+
+    def guide(x, has):
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=has):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    x = torch.randn(4)
+    sampler = ParticleSampler(model, guide, (x, has))
+    particles, density = sampler.draw(5), LatentDensity(sampler)
+    prior, likelihood, posterior = density.log_all(density.unconstrain(particles.latents))
+    torch.testing.assert_close(posterior, particles.log_posterior)
+    torch.testing.assert_close(prior + likelihood, particles.log_prior + particles.log_likelihood)
+    exact = dist.Normal(0.0, torch.where(has, math.sqrt(2.0), 1.0)).log_prob(x)
+    for estimator in (importance_sampling, annealed_importance_sampling):
+        evidence = estimator(model, guide, x, has)
+        assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error + 1e-5).all()
+
+
 def test_the_density_of_unconstrained_latents_integrates_to_one():
     """log p(u) has the Jacobian of the transform: a Gamma and a uniform below it, on a grid."""
 
