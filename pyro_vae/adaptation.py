@@ -138,7 +138,15 @@ def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: floa
 
     Returns:
         `Gaussians`. A point whose fit fails, as gradients are not finite, keeps the moments of the guide.
+
+    Raises:
+        ValueError: masked latents.
     """
+    if density.masked:
+        raise ValueError(
+            f"latent sites {density.masked} are masked; where they are, there is no posterior for a Gaussian to be "
+            "fitted to. Try importance_sampling, or annealed_importance_sampling from the guide."
+        )
     draws = density.draw(FIRST_DRAWS)
     start = Gaussians(draws.mean(0), torch.diag_embed(draws.std(0) + torch.finfo(draws.dtype).tiny))
     current, size = start, density.dim

@@ -60,6 +60,12 @@ class LatentDensity:
         sites = sample_sites(self._guide_trace).items()
         return {name for name, site in sites if not site["is_observed"]} <= self.layout.latents
 
+    @property
+    def masked(self) -> list[str]:
+        """Latent sites that are masked somewhere, and have no proper density there."""
+        masks = {name: site["mask"] for name, site in self._sites.items() if site["mask"] is not None}
+        return [name for name, mask in masks.items() if not torch.as_tensor(mask).all()]
+
     def _is_continuous(self, name: str, site: dict) -> bool:
         if site["is_observed"] or name in self.discrete:
             return False

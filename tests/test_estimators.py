@@ -182,6 +182,8 @@ def test_masked_latents_are_left_out_of_every_density():
     prior, likelihood, posterior = density.log_all(density.unconstrain(particles.latents))
     torch.testing.assert_close(posterior, particles.log_posterior)
     torch.testing.assert_close(prior + likelihood, particles.log_prior + particles.log_likelihood)
+    with pytest.raises(ValueError, match=r"latent sites \['z'\] are masked.*Try importance_sampling"):
+        adaptive_importance_sampling(model, guide, x, has)
     exact = dist.Normal(0.0, torch.where(has, math.sqrt(2.0), 1.0)).log_prob(x)
     for estimator in (importance_sampling, annealed_importance_sampling):
         evidence = estimator(model, guide, x, has)
