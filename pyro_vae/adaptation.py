@@ -57,9 +57,9 @@ def adaptive_importance_sampling(
     few dimensions, the prior have to cover the others.
 
     A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each the price of about three weights, and 300
-    weights. A
-    continuous latent of any support will do; discrete ones are to be marked by `pyro.infer.config_enumerate`, and are
-    summed out. Where q has auxiliary variables, so that its density is not known, all draws are of the Gaussian.
+    weights; its own arithmetic is of order D³ for each point and step. A continuous latent of any support will do;
+    discrete ones are to be marked by `pyro.infer.config_enumerate`, and are summed out. A q with auxiliary variables,
+    whose density is not known, is where the fit starts, but no part of the mixture.
 
     References:
         Salimans & Knowles (2013), Bayesian Analysis 8(4), section 4.

@@ -172,7 +172,7 @@ class _Path:
         """log w (K, N), and step sizes, which adapt on the way if `tune`, and variances of U, both (T + 1, N)."""
         state = self._evaluate(self.start.draw(num_chains))
         log_weight, steps = torch.zeros_like(state.log_start), self.step_sizes.clone()
-        variances = [state.difference.var(0)]
+        variances = [state.difference.var(0, correction=0)]
         for t in range(1, len(steps)):
             b = self.temperatures[t]
             log_weight = log_weight + (b - self.temperatures[t - 1]) * state.difference
@@ -182,7 +182,7 @@ class _Path:
                 state, acceptance = self._transition(state, b, steps[t])
                 if tune:
                     steps[t:] = (steps[t] * (0.7 * (acceptance - ACCEPTANCE)).exp()).clamp(1e-4, self._longest)
-            variances.append(state.difference.var(0))
+            variances.append(state.difference.var(0, correction=0))
         return log_weight, steps, torch.stack(variances)
 
     def backwards(self, u: Tensor) -> Tensor:

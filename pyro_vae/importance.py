@@ -11,7 +11,6 @@ known where the data were simulated: see `pyro_vae.sandwich`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from pyro_vae.densities import LatentDensity
 from pyro_vae.evidence import LOWER_BOUND, UPPER_BOUND, Evidence, collect
 from pyro_vae.particles import ParticleSampler, check_num_particles
 from pyro_vae.proposals import from_guide, from_prior, mixture_weights
-from pyro_vae.traces import unobserved
+from pyro_vae.traces import StopAfter, unobserved
 
 __all__ = ["importance_sampling", "prior_sampling"]
 
@@ -103,8 +102,7 @@ def importance_sampling(
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         if exact_draw is None and not num_prior:
-            first = iter([True])
-            return lambda count: sampler.log_weight(count, rows, check=next(first, False))
+            return _from_guide(sampler, rows)
         density = LatentDensity(sampler, rows)
         counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=sampler.layout.device)
         proposals = [from_guide(density), from_prior(density)]
@@ -167,6 +165,20 @@ def prior_sampling(
         >>> bool((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error)
         True
     """
-    prior = unobserved(model)
-    options = {"num_particles": num_particles, "plate": plate, "chunk_size": chunk_size, "progress": progress}
-    return replace(importance_sampling(model, prior, *args, **options, **kwargs), method="prior_sampling")
+    num_particles = check_num_particles(num_particles)
+    sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
+    sampler.guide = StopAfter(sampler.layout.latents)(sampler.guide)  # the model runs once for each draw, not twice
+    return collect(
+        sampler,
+        lambda rows: _from_guide(sampler, rows),
+        num_particles,
+        method="prior_sampling",
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+
+
+def _from_guide(sampler: ParticleSampler, rows: slice) -> Callable[[int], Tensor]:
+    """Log-weights of fresh draws from the guide; the first call looks at the data."""
+    first = iter([True])
+    return lambda count: sampler.log_weight(count, rows, check=next(first, False))

@@ -296,6 +296,21 @@ def test_mixtures_have_fixed_counts_in_any_chunks(chunk):
     assert kind.sum(0).tolist() == counts[1].tolist()
 
 
+def test_a_single_chain_or_particle_has_no_error_bar():
+    """Nothing to estimate a variance from: NaN, and no warning; with the exact guide the value is exact all the same."""
+    truth = LinearGaussian(2, 3)
+    x = truth.sample(4)
+    for estimator, options in (
+        (importance_sampling, {}),
+        (importance_sampling, {"defensive": 0.5}),
+        (annealed_importance_sampling, {"num_temperatures": 1}),
+        (annealed_importance_sampling, {"num_temperatures": 2, "schedule": "adaptive", "num_leapfrog": 1}),
+    ):
+        evidence = estimator(truth.model, truth.guide, x, num_particles=1, **options)
+        assert evidence.standard_error.isnan().all()
+        torch.testing.assert_close(evidence.log_evidence, truth.log_evidence(x), atol=1e-4, rtol=0)
+
+
 def test_options_are_checked():
     truth = LinearGaussian(2, 3)
     x = truth.sample(4)

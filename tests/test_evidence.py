@@ -74,6 +74,16 @@ def test_prior_sampling_needs_no_guide_and_fails_visibly_in_many_dimensions():
     assert evidence.doubtful.all()
     assert (evidence.log_evidence < hard.log_evidence(x) - 5).all()
     assert "by prior_sampling" in repr(evidence)
+    calls = []
+
+    def counting(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(()), 1.0))
+            calls.append(z.shape)
+            pyro.sample("x", pyro.distributions.Normal(z, 1.0), obs=x)
+
+    prior_sampling(counting, None, torch.zeros(5), num_particles=10, chunk_size=10)
+    assert sum(shape == (10, 1) for shape in calls) == 5  # one run of the likelihood for each row, not two
 
 
 def test_error_bars_cover_the_truth():
