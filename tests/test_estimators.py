@@ -297,7 +297,7 @@ def test_mixtures_have_fixed_counts_in_any_chunks(chunk):
 
 
 def test_a_single_chain_or_particle_has_no_error_bar():
-    """Nothing to estimate a variance from: NaN, and no warning; with the exact guide the value is exact all the same."""
+    """Nothing to estimate a variance from: NaN, and no warning; the exact guide gives the exact value all the same."""
     truth = LinearGaussian(2, 3)
     x = truth.sample(4)
     for estimator, options in (
