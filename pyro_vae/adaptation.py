@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import LatentDensity
-from pyro_vae.evidence import LOWER_BOUND, UPPER_BOUND, Evidence, collect
+from pyro_vae.evidence import Evidence, collect
 from pyro_vae.particles import ParticleSampler, check_num_particles
 from pyro_vae.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
 
@@ -118,7 +118,6 @@ def adaptive_importance_sampling(
         prepare,
         num_particles,
         method="adaptive_importance_sampling",
-        bound=LOWER_BOUND if exact_draw is None else UPPER_BOUND,
         exact=exact_draw is not None,
         smooth=smooth,
         correction=correction,
@@ -147,10 +146,9 @@ def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: floa
             f"latent sites {density.masked} are masked; where they are, there is no posterior for a Gaussian to be "
             "fitted to. Try importance_sampling, or annealed_importance_sampling from the guide."
         )
-    draws = density.draw(FIRST_DRAWS)
-    start = Gaussians(draws.mean(0), torch.diag_embed(draws.std(0) + torch.finfo(draws.dtype).tiny))
-    current, size = start, density.dim
-    identity = torch.eye(size).to(draws)
+    current = start = Gaussians.around(density.draw(FIRST_DRAWS))
+    size = density.dim
+    identity = torch.eye(size).to(start.loc)
     half = (max(16, size + 14) + 1) // 2
     for _ in range(num_steps):
         noise = current.noise(half)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.adaptation import fit_gaussians
+from pyro_vae.adaptation import FIRST_DRAWS, fit_gaussians
 from pyro_vae.densities import LatentDensity
 from pyro_vae.evidence import UPPER_BOUND, Evidence, collect
 from pyro_vae.particles import ParticleSampler, check_num_particles
@@ -250,9 +250,7 @@ class _Path:
 
 
 def _from_draws(density: LatentDensity, start: Proposal, num_leapfrog: int) -> _Path:
-    draws = start.draw(100)
-    shape = Gaussians(draws.mean(0), torch.diag_embed(draws.std(0) + torch.finfo(draws.dtype).tiny))
-    return _Path(density, start, shape, num_leapfrog)
+    return _Path(density, start, Gaussians.around(start.draw(FIRST_DRAWS)), num_leapfrog)
 
 
 def _from_fit(density: LatentDensity, num_leapfrog: int) -> _Path:

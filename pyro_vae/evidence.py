@@ -32,7 +32,7 @@ from pyro_vae.particles import ParticleSampler
 from pyro_vae.progress import progress_bar
 from pyro_vae.traces import evaluation_mode
 
-__all__ = ["LOWER_BOUND", "UPPER_BOUND", "Evidence", "LogWeightSummary", "collect", "pareto_khat"]
+__all__ = ["UPPER_BOUND", "Evidence", "LogWeightSummary", "collect", "pareto_khat"]
 
 LOWER_BOUND = "lower bound on log p(x) in expectation"
 UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
@@ -114,7 +114,6 @@ def collect(
     num_particles: int,
     *,
     method: str,
-    bound: str = LOWER_BOUND,
     exact: bool = False,
     smooth: bool = False,
     correction: str | None = None,
@@ -130,8 +129,7 @@ def collect(
         prepare: rows -> a function: count -> new log-weights (count, N). With `exact`, the first call is for one.
         num_particles: K.
         method: name of the estimator.
-        bound: what the estimate is a bound of.
-        exact: the first particle of each row is given, and passed alone.
+        exact: the first particle of each row is an exact draw from the posterior, and passed alone: an upper bound.
         smooth: replace the tail of the weights by that of the fitted Pareto distribution.
         correction: of the bias: None, "delta" or "jackknife".
         chunk_size: particles × rows of one pass.
@@ -139,8 +137,7 @@ def collect(
         together: how many particles of a row should pass at once, as in `ParticleSampler.chunks`.
         progress: show a progress bar, if on a terminal.
     """
-    if smooth or correction is not None:
-        bound = NO_BOUND
+    bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
     sampler.layout.check_density()
     parts = []
     with torch.no_grad(), evaluation_mode():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import LatentDensity
-from pyro_vae.evidence import LOWER_BOUND, UPPER_BOUND, Evidence, collect
+from pyro_vae.evidence import Evidence, collect
 from pyro_vae.particles import ParticleSampler, check_num_particles
 from pyro_vae.proposals import from_guide, from_prior, mixture_weights
 from pyro_vae.traces import StopAfter, unobserved
@@ -113,7 +113,6 @@ def importance_sampling(
         prepare,
         num_particles,
         method="importance_sampling",
-        bound=LOWER_BOUND if exact_draw is None else UPPER_BOUND,
         exact=exact_draw is not None,
         smooth=smooth,
         correction=correction,

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vae.evidence import LogWeightSummary
 from pyro_vae.particles import Particles, ParticleSampler, check_num_particles
 from pyro_vae.progress import progress_bar
-from pyro_vae.traces import evaluation_mode, sample_sites, site_log_prob, values
+from pyro_vae.traces import SetValues, evaluation_mode, sample_sites, site_log_prob
 
 __all__ = ["from_pyro", "from_pyro_svi"]
 
@@ -161,7 +161,7 @@ def from_pyro(
     first = {name: value[0, 0] for name, value in samples.items()}
     plates: dict[str, list[str | None]] = {}
     if model is not None:
-        trace = poutine.trace(poutine.replay(model, values(first))).get_trace(*args, **kwargs)
+        trace = poutine.trace(SetValues(first)(model)).get_trace(*args, **kwargs)
         sites = sample_sites(trace)
         plates = {name: _batch_dims(site) for name, site in sites.items()}
         unseen = [name for name, site in sites.items() if not site["is_observed"] and name not in samples]
@@ -182,9 +182,8 @@ def from_pyro(
     draws: dict[tuple[str, str], list[Tensor]] = {}
     with torch.no_grad(), progress_bar(num_chains * num_draws, "draws for ArviZ", progress) as bar:
         for i in range(num_chains * num_draws):
-            draw = values({name: value.flatten(0, 1)[i] for name, value in samples.items()})
-            runs = {"log_likelihood": poutine.replay(model, draw)}
-            runs["posterior_predictive"] = poutine.replay(generative, draw)
+            draw = SetValues({name: value.flatten(0, 1)[i] for name, value in samples.items()})
+            runs = {"log_likelihood": draw(model), "posterior_predictive": draw(generative)}
             if i < num_draws:
                 runs["prior"] = generative
             for group, function in runs.items():

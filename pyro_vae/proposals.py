@@ -46,6 +46,11 @@ class Gaussians:
     loc: Tensor
     scale_tril: Tensor
 
+    @classmethod
+    def around(cls, draws: Tensor) -> Gaussians:
+        """With the means and standard deviations of draws (K, N, D)."""
+        return cls(draws.mean(0), torch.diag_embed(draws.std(0) + torch.finfo(draws.dtype).tiny))
+
     def proposal(self) -> Proposal:
         inverse = torch.linalg.inv(self.scale_tril)
         log_det = torch.linalg.slogdet(self.scale_tril).logabsdet
@@ -101,6 +106,8 @@ def mixture_weights(
     Returns:
         A function: count -> log-weights of as many draws, (count, N), to be called until K are drawn.
     """
+    used = [i for i, row in enumerate(counts.tolist()) if any(row)]
+    proposals, counts = [proposals[i] for i in used], counts[used]
     total = int(counts[:, 0].sum())
     log_share, bounds = (counts / total).log(), counts.cumsum(0)
     drawn, given = 0, exact
@@ -118,8 +125,7 @@ def mixture_weights(
             label = (index[:, None, None] >= bounds.T).sum(-1)  # (count, N)
             u = proposals[0].draw(count)
             for i, q in enumerate(proposals[1:], 1):
-                if (label == i).any():
-                    u = torch.where((label == i).unsqueeze(-1), q.draw(count), u)
+                u = torch.where((label == i).unsqueeze(-1), q.draw(count), u)
         terms = _evaluate(density, proposals, u)
         log_q = torch.stack([q.log_prob(u, terms) for q in proposals])
         return terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)

@@ -27,7 +27,6 @@ __all__ = [
     "site_log_prob",
     "sum_product",
     "unobserved",
-    "values",
 ]
 
 
@@ -71,14 +70,6 @@ def site_log_prob(site: dict) -> Tensor:
 def plate_frames(*traces: poutine.Trace) -> list[Any]:
     """The plates around the sites of traces, one entry for each site and plate."""
     return [f for trace in traces for site in sample_sites(trace).values() for f in site["cond_indep_stack"]]
-
-
-def values(latents: dict[str, Tensor]) -> poutine.Trace:
-    """A trace with these values, to replay a model or guide against."""
-    trace = poutine.Trace()
-    for name, value in latents.items():
-        trace.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={})
-    return trace
 
 
 def unobserved(model: Callable) -> Callable:
