@@ -9,6 +9,7 @@ from typing import Any
 from pyro_vae.adaptation import adaptive_importance_sampling
 from pyro_vae.annealing import annealed_importance_sampling
 from pyro_vae.comparison import Comparison, compare
+from pyro_vae.compiled import CompiledELBO
 from pyro_vae.evidence import Evidence
 from pyro_vae.importance import importance_sampling, prior_sampling
 from pyro_vae.objectives import ImportanceWeightedELBO
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "Comparison",
+    "CompiledELBO",
     "Evidence",
     "FitResult",
     "ImportanceWeightedELBO",

@@ -68,6 +68,13 @@ class Batches:
         self.num_rows = sizes[0]
         self.to(device)
 
+    @property
+    def num_batches(self) -> int | None:
+        """Of an epoch, where that is known."""
+        if self.loader is not None:
+            return len(self.loader) if self.num_rows is not None else None
+        return -(-self.num_rows // self.batch_size)
+
     def to(self, device: torch.device | None) -> Batches:
         """Moves the data, or says where each batch is to go."""
         self.device = device
@@ -80,15 +87,16 @@ class Batches:
             yield from self._loaded()
         else:
             for start in range(0, self.num_rows, self.batch_size):
-                yield self._batch(torch.arange(start, min(start + self.batch_size, self.num_rows)))
+                yield self.at(torch.arange(start, min(start + self.batch_size, self.num_rows)))
 
     def shuffled(self) -> Iterator[Batch]:
         """Batches in random order (a DataLoader shuffles as it was told to)."""
         if self.loader is not None:
             yield from self._loaded()
         else:
-            for rows in torch.randperm(self.num_rows).split(self.batch_size):
-                yield self._batch(rows)
+            device = next((c.device for c in self.columns if isinstance(c, Tensor)), None)
+            for rows in torch.randperm(self.num_rows, device=device).split(self.batch_size):
+                yield self.at(rows)
 
     def check(self) -> None:
         """Raises ValueError for rows that are not finite; those of a DataLoader cannot be looked at beforehand."""
@@ -102,10 +110,14 @@ class Batches:
             value = _tensor(self.columns[column][start : start + 8192])
             check_support(name, site | {"value": value}, start=start)
 
-    def _batch(self, rows: Tensor) -> Batch:
+    def at(self, rows: Tensor) -> Batch:
+        """The batch of these rows."""
         inputs = []
         for column in self.columns:
-            x = column[rows.to(column.device)] if isinstance(column, Tensor) else _tensor(column[rows.numpy()])
+            if isinstance(column, Tensor):
+                x = column.index_select(0, rows.to(column.device))
+            else:
+                x = _tensor(column[rows.cpu().numpy()])
             inputs.append(x if self.device is None else x.to(self.device))
         return Batch(tuple(inputs), rows)
 

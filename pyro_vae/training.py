@@ -11,20 +11,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_vae.batches import Batch, Batches
+from pyro_vae.batches import Batches
+from pyro_vae.compiled import CompiledELBO
+from pyro_vae.pairs import Pair
 from pyro_vae.progress import progress_bar
+from pyro_vae.steps import Steps
 from pyro_vae.traces import evaluation_mode
 
 __all__ = ["FitResult", "fit"]
@@ -64,6 +64,7 @@ def fit(
     plate: str = "data",
     seed: int | None = None,
     device: str | torch.device | None = None,
+    compile: bool | str = "auto",
     progress: bool = True,
 ) -> FitResult:
     """Trains a Pyro model and guide by stochastic variational inference, in epochs of mini-batches.
@@ -90,6 +91,9 @@ def fit(
         seed: makes the run repeatable; the global random state is then left as it was.
         device: where to train; "auto" is CUDA where there is one; default: where the parameters are. Modules that take
             part stay there afterwards.
+        compile: whether steps are compiled (`CompiledELBO`): True, False, or "auto": Pyro as it is for less than 300
+            steps, its operations recorded and replayed for less than 3000, beyond that through generated code, which
+            takes seconds to make. A pair that cannot be compiled runs as it is, with a warning.
         progress: show a progress bar, if on a terminal.
 
     Returns:
@@ -110,7 +114,7 @@ def fit(
         >>> len(result.loss), result.num_steps
         (5, 5)
     """
-    _check_arguments(num_epochs, batch_size, loss, patience, validation_data)
+    _check_arguments(num_epochs, batch_size, loss, patience, validation_data, compile)
     result = FitResult()
     with ExitStack() as stack:
         if seed is not None:
@@ -118,7 +122,7 @@ def fit(
             torch.manual_seed(seed)
         batches = Batches(data, batch_size)
         validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
-        pair = _Pair(model, guide, plate)
+        pair = Pair(model, guide, plate)
         everything = [batches] if validation is None else [batches, validation]
         for rows in everything:
             rows.check()
@@ -126,8 +130,9 @@ def fit(
         for rows in everything:
             rows.to(pair.move(device))
             pair.check_support(rows)
-        elbo = copy.copy(Trace_ELBO() if loss is None else loss)
+        elbo = loss if isinstance(loss, CompiledELBO) else copy.copy(Trace_ELBO() if loss is None else loss)
         optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
+        steps = Steps(pair, batches, elbo, optim, clip_norm, _compiled(elbo, compile, num_epochs, batches))
         schedule = None if scheduler is None else scheduler(optim)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         bar = stack.enter_context(progress_bar(total, "", progress, unit="row", leave=True))
@@ -137,11 +142,11 @@ def fit(
             pair.remember()
             total, rows = torch.zeros((), dtype=torch.float64, device=pair.device), 0
             for batch in batches.shuffled():
-                value = _step(pair, elbo, optim, batch, clip_norm, result.num_steps)
-                total += value * batch.size
+                total += steps(batch) * batch.size
                 rows += batch.size
-                result.num_steps += 1
                 bar.update(batch.size)
+            steps.end_epoch()
+            result.num_steps = steps.count
             result.loss.append(total.item() / rows)
             note = f"loss {result.loss[-1]:.3f}"
             if validation is not None:
@@ -163,37 +168,7 @@ def fit(
     return result
 
 
-def _step(
-    pair: _Pair, elbo: ELBO, optim: torch.optim.Optimizer, batch: Batch, clip_norm: float | None, step: int
-) -> Tensor:
-    """One gradient step; returns the loss per data point. Nothing is changed unless loss and gradient are finite."""
-    random_state = _random_state(pair.device)
-    size = pair.data_points(batch)
-    optim.zero_grad(set_to_none=True)
-    # the first step runs under the user's validation settings, so that Pyro says what it has to say
-    with nullcontext() if step == 0 else pyro.validation_enabled(False):
-        if hasattr(elbo, "differentiable_loss"):
-            loss = elbo.differentiable_loss(pair.model, pair.guide, *batch.inputs) / size
-            loss.backward()
-            value = loss.detach()
-        else:  # TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep do their own backward pass
-            value = elbo.loss_and_grads(pair.model, pair.guide, *batch.inputs)
-            value = torch.as_tensor(value[0] if isinstance(value, tuple) else value, device=pair.device) / size
-            for p in pair.parameters:
-                if p.grad is not None:
-                    p.grad /= size
-    norm = torch.nn.utils.get_total_norm([p.grad for p in pair.parameters if p.grad is not None])
-    if not (torch.isfinite(value) & torch.isfinite(norm)):
-        pair.recover()
-        optim.zero_grad(set_to_none=True)
-        raise ValueError(_diagnosis(pair, batch, random_state, step, value, norm))
-    if clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(pair.parameters, clip_norm, norm)
-    optim.step()
-    return value
-
-
-def _evaluate(pair: _Pair, elbo: ELBO, batches: Batches) -> float:
+def _evaluate(pair: Pair, elbo: ELBO, batches: Batches) -> float:
     """Loss per data point in evaluation mode, with the same random numbers each time so that epochs compare."""
     total, rows = 0.0, 0
     with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), pyro.validation_enabled(False):
@@ -203,112 +178,6 @@ def _evaluate(pair: _Pair, elbo: ELBO, batches: Batches) -> float:
             total += float(value[0] if isinstance(value, tuple) else value) / pair.data_points(batch) * batch.size
             rows += batch.size
     return total / rows if math.isfinite(total) else math.inf  # which is never the lowest
-
-
-class _Pair:
-    """A model and guide, and what takes part in their loss: parameters, modules, the data plate."""
-
-    def __init__(self, model: Callable, guide: Callable, plate: str) -> None:
-        self.model, self.guide, self.plate = model, guide, plate
-        owners = (f if isinstance(f, nn.Module) else getattr(f, "__self__", None) for f in (model, guide))
-        self.modules = list({id(m): m for m in owners if isinstance(m, nn.Module)}.values())
-        self.parameters = [p for m in self.modules for p in m.parameters()]
-        self._remembered: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device | None:
-        return self.parameters[0].device if self.parameters else None
-
-    def look(self, batch: Batch) -> None:
-        """Runs the pair once, moving nothing, and notes the parameters and modules that it uses."""
-        modules = {id(m): m for m in self.modules}
-        hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: modules.update({id(module): module})
-        )
-        try:
-            clash = None
-            for _ in range(2):  # the first run may settle one: pyro.module(…, update_module_params=True)
-                with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(), _Registrations() as seen:
-                    self.traces = self.run(batch)
-                clash = seen.clash
-        finally:
-            hook.remove()
-        if clash is not None:
-            raise ValueError(
-                f"Pyro's parameter store holds another tensor under {clash!r} than the module that is called, which "
-                "would never train. Try pyro.clear_param_store() before a second model, or another name for it."
-            )
-        self.modules = list(modules.values())
-        tensors = [p for m in self.modules for p in m.parameters(recurse=False)] + seen.parameters
-        self.parameters = list({id(p): p for p in tensors if p.requires_grad}.values())
-        if not self.parameters:
-            raise ValueError("nothing to train: model and guide use no parameter that requires a gradient.")
-        frames = [f for trace in self.traces for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-        sizes = {f.full_size for f in frames if f.name == self.plate and f.full_size > 0}
-        # a plate that does not follow the rows of the batch scales their loss up to all data points
-        self.full_size = None if not sizes or sizes == {batch.size} else max(sizes)
-
-    def run(self, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
-        guide = poutine.trace(self.guide).get_trace(*batch.inputs)
-        return guide, poutine.trace(poutine.replay(self.model, guide)).get_trace(*batch.inputs)
-
-    def data_points(self, batch: Batch) -> int:
-        return self.full_size or batch.size
-
-    def move(self, device: str | torch.device | None) -> torch.device:
-        if device is not None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-            for module in self.modules:
-                module.to(device)
-            for p in self.parameters:
-                p.data = p.data.to(device)
-        return self.device
-
-    def check_support(self, batches: Batches) -> None:
-        """Looks at the columns that are observed as they are, before anything is trained."""
-        for name, site in self.traces[1].nodes.items():
-            if site["type"] == "sample" and site["is_observed"]:
-                for column in (i for i, x in enumerate(self.traces[1].nodes["_INPUT"]["args"]) if x is site["value"]):
-                    batches.check_column(column, name, site)
-
-    def state(self) -> list[Tensor]:
-        return [*self.parameters, *(b for m in self.modules for b in m.buffers(recurse=False))]
-
-    def state_copy(self) -> list[Tensor]:
-        return [t.detach().clone() for t in self.state()]
-
-    def restore(self, state: list[Tensor]) -> None:
-        with torch.no_grad():
-            for t, saved in zip(self.state(), state, strict=True):
-                t.copy_(saved)
-
-    def remember(self) -> None:
-        self._remembered = self.state_copy()
-
-    def recover(self) -> None:
-        """Back to what was remembered, if the weights are not finite as they are."""
-        if not all(torch.isfinite(t).all() for t in self.state()):
-            self.restore(self._remembered)
-
-
-class _Registrations(Messenger):
-    """Collects the parameters that pass through `pyro.param`, and notes a name that holds somebody else's tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parameters: list[Tensor] = []
-        self.clash: str | None = None
-
-    def _pyro_post_param(self, msg: dict) -> None:
-        value = msg["value"]
-        if hasattr(value, "_pyro_unconstrained_param"):
-            value = value._pyro_unconstrained_param
-        elif hasattr(value, "unconstrained"):
-            value = value.unconstrained()
-        self.parameters.append(value)
-        own = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(own, nn.Parameter) and own is not value:
-            self.clash = msg["name"]
 
 
 def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
@@ -324,56 +193,25 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
     return optim
 
 
-def _check_arguments(num_epochs: int, batch_size: int, loss: Any, patience: int | None, validation_data: Any) -> None:
+def _compiled(elbo: ELBO, compile: bool | str, num_epochs: int, batches: Batches) -> CompiledELBO | None:
+    """What takes the steps: by their number, not by their time, so that the same call does the same thing again."""
+    if isinstance(elbo, CompiledELBO):
+        return elbo
+    if compile == "auto":
+        steps = num_epochs * (batches.num_batches or 0)
+        return None if steps < 300 else CompiledELBO(elbo, backend="eager" if steps < 3000 else "inductor")
+    return CompiledELBO(elbo) if compile else None
+
+
+def _check_arguments(
+    num_epochs: int, batch_size: int, loss: Any, patience: int | None, validation_data: Any, compile: Any
+) -> None:
     for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("patience", patience or 1)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}.")
     if patience is not None and validation_data is None:
         raise ValueError("patience needs validation_data, whose loss says when to stop. Try to hold some rows out.")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}.")
     if loss is not None and not isinstance(loss, ELBO):
         raise TypeError(f"loss: expected a pyro.infer.ELBO, got {loss!r}. Try loss=pyro.infer.Trace_ELBO().")
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
-
-
-def _diagnosis(
-    pair: _Pair, batch: Batch, random_state: tuple[Tensor, ...], step: int, value: Tensor, norm: Tensor
-) -> str:
-    """Where a loss or gradient stopped being finite, found by running the step's traces again."""
-    with torch.random.fork_rng(), torch.no_grad(), pyro.validation_enabled(False):
-        torch.set_rng_state(random_state[0])
-        if len(random_state) > 1:
-            torch.cuda.set_rng_state(random_state[1], pair.device)
-        guide, model = pair.run(batch)
-        found = _first_bad_site(pair, batch, (("guide", guide), ("model", model)))
-    what = f"loss {value.item():.4g}"
-    if torch.isfinite(value):
-        what += f", but a gradient of norm {norm.item():.4g}"
-    return (
-        f"fit stopped before step {step}: {what}{found or ''}. The weights are the last finite ones. Try a lower "
-        "learning_rate, clip_norm=10.0, or data scaled to about unit size."
-    )
-
-
-def _first_bad_site(pair: _Pair, batch: Batch, traces: Any) -> str | None:
-    for where, trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-            event_dim = len(site["fn"].event_shape)
-            for what, tensor, right in (("value", site["value"], event_dim), ("log-probability", log_prob, 0)):
-                bad = ~torch.isfinite(tensor)
-                if not bad.any():
-                    continue
-                axes = [f.dim - right + tensor.dim() for f in site["cond_indep_stack"] if f.name == pair.plate]
-                text = f", from the {what} of site {name!r} of the {where}"
-                if axes and axes[0] >= 0 and tensor.shape[axes[0]] == batch.size:
-                    rows = bad.movedim(axes[0], 0).reshape(batch.size, -1).any(1).nonzero().flatten()
-                    first = int(rows[0]) if batch.rows is None else int(batch.rows[int(rows[0])])
-                    of = "its batch" if batch.rows is None else "the data"
-                    text += f" ({len(rows)} of {batch.size} rows of the batch, the first is row {first} of {of})"
-                return text
-    return None

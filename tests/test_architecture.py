@@ -33,7 +33,12 @@ MAY_IMPORT = {
     "sandwich": {"annealing", "evidence", "particles", "traces"},
     "annealing": {"adaptation", "densities", "evidence", "particles", "proposals"},
     "adaptation": {"densities", "evidence", "particles", "proposals"},
-    "training": {"batches", "progress", "traces"},
+    "graphs": set(),
+    "watch": set(),
+    "compiled": {"graphs", "watch"},
+    "pairs": {"batches", "traces"},
+    "steps": {"batches", "compiled", "pairs"},
+    "training": {"batches", "compiled", "pairs", "progress", "steps", "traces"},
     "io_arviz": {"evidence", "particles", "progress", "traces"},
 }
 

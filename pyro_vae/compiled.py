@@ -1,0 +1,280 @@
+r"""`CompiledELBO`: any `pyro.infer.ELBO` of any model and guide as one compiled graph of loss and gradients.
+
+Pyro is chosen for what it can express; per step it costs milliseconds of Python for effect handlers, sites and one
+optimizer per parameter. All of that does the same thing in every step, so one run of it is recorded
+(`pyro_vae.graphs`), with its backward pass, and replayed: by code that torch's inductor generates, or operation by
+operation, with the same random numbers, and then the very same floats, as Pyro.
+
+A recording holds as long as what it was made from: shapes, dtypes and devices of the arguments, training or evaluation
+mode, the parameters there are, and every number in a closure, global or attribute (`pyro_vae.watch`). If one of these
+changes, the next call records anew. Arguments that are tensors or floats are inputs, as are tensors in closures:
+annealing one of them costs nothing.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO, Trace_ELBO
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_vae.graphs import Graph, Untraceable, record_gradients
+from pyro_vae.watch import Watch
+
+__all__ = ["CompiledELBO", "LossAndGradients"]
+
+
+class LossAndGradients(NamedTuple):
+    """What one step of an optimizer needs.
+
+    Attributes:
+        loss: as the ELBO reports it, 0-dim.
+        norm: of all gradients together, 0-dim.
+        gradients: of the weighted loss, as pairs (leaf tensor, gradient).
+    """
+
+    loss: Tensor
+    norm: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class _Plan:
+    """A recording and what it depends on."""
+
+    graph: Graph
+    watch: Watch
+    stored: dict[str, Tensor]  # of Pyro's parameter store: {name: unconstrained tensor}
+    kept: Any  # arguments known by identity
+
+    def holds(self) -> bool:
+        params = pyro.get_param_store()._params
+        return all(params.get(name) is t for name, t in self.stored.items()) and self.watch.changed() is None
+
+
+class CompiledELBO(ELBO):
+    r"""Any `pyro.infer.ELBO`, compiled: the same loss and gradients, without Pyro's Python in every step.
+
+    A drop-in for `JitTrace_ELBO` and its siblings, for `Trace_ELBO`, `TraceMeanField_ELBO`, `TraceGraph_ELBO`,
+    `TraceEnum_ELBO`, `RenyiELBO` and the objectives of this package. The first call runs Pyro as it is, the second
+    records, the third compiles (seconds); calls after these replay. Draws, subsamples of plates and score-function
+    terms are recorded as operations: random stays random.
+
+    Where a model decides by values what to do next (`if`, `.item()`, numpy) no graph can be had: then Pyro runs as it
+    is, and one warning names the place. So it does for arguments that require a gradient.
+
+    Args:
+        elbo: the objective; default `Trace_ELBO()`.
+        backend: "inductor" generates fused code, or says once what it misses and goes on like "eager", which replays
+            operation by operation: the same floats as Pyro under one seed, nothing to wait for.
+        cache_size: how many recordings are kept, for other shapes (a ragged last batch) or modes; the one that was not
+            used for longest goes.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     loc = pyro.param("loc", torch.zeros(3))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(loc, 0.5**0.5))
+        >>> pyro.clear_param_store()
+        >>> loss = CompiledELBO(Trace_ELBO(), backend="eager")
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
+        >>> losses = [svi.step(torch.tensor([-2.0, 0.0, 2.0])) for _ in range(300)]
+        >>> pyro.param("loc").detach().round()  # the exact posterior's, x/2
+        tensor([-1., -0.,  1.])
+    """
+
+    def __init__(self, elbo: ELBO | None = None, *, backend: str = "inductor", cache_size: int = 8) -> None:
+        if elbo is not None and not isinstance(elbo, ELBO):
+            raise TypeError(f"elbo: expected a pyro.infer.ELBO, got {elbo!r}. Try CompiledELBO(Trace_ELBO()).")
+        if backend not in ("inductor", "eager"):
+            raise ValueError(f"backend: expected 'inductor' or 'eager', got {backend!r}.")
+        if cache_size < 1:
+            raise ValueError(f"cache_size: expected at least 1, got {cache_size}.")
+        self.elbo = Trace_ELBO() if elbo is None else elbo
+        self.backend, self.cache_size = backend, cache_size
+        self._plans: OrderedDict[tuple, list[_Plan]] = OrderedDict()  # by signature, the last used at the end
+        self._met: set[tuple] = set()  # pairs that ran once, so that their parameters are there
+        self._recorded: dict[tuple, int] = {}  # how often, without a replay since
+        self._refused: set[tuple] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "elbo":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.elbo, name)  # num_particles and the like
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """The loss alone, for evaluation: not compiled."""
+        return self.elbo.loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """The loss; adds its gradients to the parameters'. Passes the parameters by, as `pyro.infer.SVI` expects."""
+        found = self._replay(model, guide, args, kwargs)
+        if found is None:
+            return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
+        (loss, _, gradients), names = found
+        for name in names:
+            pyro.param(name)
+        for leaf, gradient in gradients:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        value = loss.item()
+        warn_if_nan(value, "loss")
+        return value
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a tensor that can be differentiated once, by the parameters."""
+        found = self._replay(model, guide, args, kwargs) if torch.is_grad_enabled() else None
+        if found is None or not found[0].gradients:
+            return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
+        (loss, _, gradients), names = found
+        for name in names:
+            pyro.param(name)
+        leaves, values = zip(*gradients, strict=True)
+        return _Differentiable.apply(loss.to(leaves[0].dtype), values, *leaves)
+
+    def loss_and_gradients(
+        self, model: Callable, guide: Callable, args: tuple, weight: Tensor, *, generate_code: bool = True
+    ) -> LossAndGradients | None:
+        """The loss, and the gradients of weight × loss, which are added nowhere; None where no graph can be had.
+
+        Args:
+            model: the model.
+            guide: the guide.
+            args: what both are called with.
+            weight: of the loss in the gradients, 0-dim.
+            generate_code: False: these shapes are too rare for it.
+        """
+        found = self._replay(model, guide, args, {}, weight, generate_code)
+        return None if found is None else found[0]
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        return self.elbo._get_trace(model, guide, args, kwargs)
+
+    # -- recordings ---------------------------------------------------------------------------------------------------
+
+    def _replay(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict,
+        weight: Tensor | None = None,
+        generate_code: bool = True,
+    ) -> tuple[LossAndGradients, list[str]] | None:
+        """Loss and gradients, and the names of the parameters; None where Pyro has to run as it is."""
+        if (model, guide) not in self._met:
+            self._met.add((model, guide))
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        inputs, static = [], []
+        for leaf in leaves:
+            if isinstance(leaf, float):
+                leaf = torch.tensor(leaf)  # an input, as it may be annealed
+            (inputs if isinstance(leaf, Tensor) else static).append(leaf)
+        if any(t.requires_grad for t in inputs) or any(isinstance(a, np.ndarray) for a in static):
+            return None
+        constants = tuple(a if isinstance(a, (bool, int, str, type(None))) else id(a) for a in static)
+        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        key = (model, guide, str(spec), shapes, constants)
+        if key in self._refused:
+            return None
+        inputs.append(torch.ones(()) if weight is None else weight)
+        plans = self._plans.setdefault(key, [])
+        self._plans.move_to_end(key)
+        for plan in plans:
+            if plan.holds():
+                self._recorded[key] = 0
+                if self.backend == "inductor" and generate_code:
+                    plan.graph.generate_code(*inputs)
+                (loss, norm), gradients = plan.graph(*inputs)
+                pairs = list(zip(plan.graph.leaves, gradients, strict=True))
+                return LossAndGradients(loss, norm, pairs), list(plan.stored)
+        return self._record(key, model, guide, leaves, spec, inputs, static)
+
+    def _record(
+        self, key: tuple, model: Callable, guide: Callable, leaves: list, spec: Any, inputs: list[Tensor], static: list
+    ) -> tuple[LossAndGradients, list[str]] | None:
+        """Runs and records one call; its results are those of the call."""
+        plans = self._plans[key]
+        if self._recorded.get(key, 0) >= self.cache_size:
+            what = next((w for w in (plan.watch.changed() for plan in reversed(self._plans[key])) if w), "a parameter")
+            return self._refuse(
+                key, f"{what} has another value in each call; try a tensor, or an argument of the model"
+            )
+        store = pyro.get_param_store()
+        state, known = _random_state(), set(store.keys())
+        positions = [isinstance(leaf, (Tensor, float)) for leaf in leaves]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            rest = {True: iter(inputs), False: iter(static)}
+            args, kwargs = pytree.tree_unflatten([next(rest[p]) for p in positions], spec)
+            with poutine.trace(param_only=True) as seen:
+                loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
+            stored.update({n: s["value"].unconstrained() for n, s in seen.trace.nodes.items() if s["type"] == "param"})
+            if not isinstance(loss, Tensor):
+                raise Untraceable(f"{type(self.elbo).__name__}.loss_and_grads returns a {type(loss).__name__}")
+            return [loss]
+
+        stored: dict[str, Tensor] = {}
+        try:
+            results, gradients, graph = record_gradients(run, *inputs[:-1], weight=inputs[-1])
+        except Untraceable as error:
+            _set_random_state(state)
+            return self._refuse(key, str(error))
+        if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there
+            _set_random_state(state)
+            return None
+        watch = Watch(model, guide, self.elbo, *static)
+        plans.append(_Plan(graph, watch, stored, static))
+        self._recorded[key] = self._recorded.get(key, 0) + 1
+        while sum(map(len, self._plans.values())) > self.cache_size:
+            oldest = next(iter(self._plans))
+            self._plans[oldest].pop(0)
+            if not self._plans[oldest]:
+                del self._plans[oldest]
+        return LossAndGradients(*results, list(zip(graph.leaves, gradients, strict=True))), list(stored)
+
+    def _refuse(self, key: tuple, reason: str) -> None:
+        if not any(k[:2] == key[:2] for k in self._refused):
+            warnings.warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.", stacklevel=5)
+        self._refused.add(key)
+        self._plans.pop(key, None)
+
+
+class _Differentiable(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(grad * g for g in ctx.gradients)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,160 @@
+"""A model and guide in training: what takes part in their loss, and where it stopped being finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_vae.batches import Batch, Batches
+from pyro_vae.traces import evaluation_mode
+
+__all__ = ["Pair", "diagnosis"]
+
+
+class Pair:
+    """A model and guide, and what takes part in their loss: parameters, modules, the data plate."""
+
+    def __init__(self, model: Callable, guide: Callable, plate: str) -> None:
+        self.model, self.guide, self.plate = model, guide, plate
+        owners = (f if isinstance(f, nn.Module) else getattr(f, "__self__", None) for f in (model, guide))
+        self.modules = list({id(m): m for m in owners if isinstance(m, nn.Module)}.values())
+        self.parameters = [p for m in self.modules for p in m.parameters()]
+        self._remembered: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.parameters[0].device if self.parameters else None
+
+    def look(self, batch: Batch) -> None:
+        """Runs the pair once, moving nothing, and notes the parameters and modules that it uses."""
+        modules = {id(m): m for m in self.modules}
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: modules.update({id(module): module})
+        )
+        try:
+            clash = None
+            for _ in range(2):  # the first run may settle one: pyro.module(…, update_module_params=True)
+                with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(), _Registrations() as seen:
+                    self.traces = self.run(batch)
+                clash = seen.clash
+        finally:
+            hook.remove()
+        if clash is not None:
+            raise ValueError(
+                f"Pyro's parameter store holds another tensor under {clash!r} than the module that is called, which "
+                "would never train. Try pyro.clear_param_store() before a second model, or another name for it."
+            )
+        self.modules = list(modules.values())
+        tensors = [p for m in self.modules for p in m.parameters(recurse=False)] + seen.parameters
+        self.parameters = list({id(p): p for p in tensors if p.requires_grad}.values())
+        if not self.parameters:
+            raise ValueError("nothing to train: model and guide use no parameter that requires a gradient.")
+        frames = [f for trace in self.traces for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
+        sizes = {f.full_size for f in frames if f.name == self.plate and f.full_size > 0}
+        # a plate that does not follow the rows of the batch scales their loss up to all data points
+        self.full_size = None if not sizes or sizes == {batch.size} else max(sizes)
+
+    def run(self, batch: Batch) -> tuple[poutine.Trace, poutine.Trace]:
+        guide = poutine.trace(self.guide).get_trace(*batch.inputs)
+        return guide, poutine.trace(poutine.replay(self.model, guide)).get_trace(*batch.inputs)
+
+    def data_points(self, batch: Batch) -> int:
+        return self.full_size or batch.size
+
+    def move(self, device: str | torch.device | None) -> torch.device:
+        if device is not None:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            for module in self.modules:
+                module.to(device)
+            for p in self.parameters:
+                p.data = p.data.to(device)
+        return self.device
+
+    def check_support(self, batches: Batches) -> None:
+        """Looks at the columns that are observed as they are, before anything is trained."""
+        for name, site in self.traces[1].nodes.items():
+            if site["type"] == "sample" and site["is_observed"]:
+                for column in (i for i, x in enumerate(self.traces[1].nodes["_INPUT"]["args"]) if x is site["value"]):
+                    batches.check_column(column, name, site)
+
+    def state(self) -> list[Tensor]:
+        return [*self.parameters, *(b for m in self.modules for b in m.buffers(recurse=False))]
+
+    def state_copy(self) -> list[Tensor]:
+        return [t.detach().clone() for t in self.state()]
+
+    def restore(self, state: list[Tensor]) -> None:
+        with torch.no_grad():
+            for t, saved in zip(self.state(), state, strict=True):
+                t.copy_(saved)
+
+    def remember(self) -> None:
+        self._remembered = self.state_copy()
+
+    def recover(self) -> None:
+        """Back to what was remembered, if the weights are not finite as they are."""
+        if not all(torch.isfinite(t).all() for t in self.state()):
+            self.restore(self._remembered)
+
+
+class _Registrations(Messenger):
+    """Collects the parameters that pass through `pyro.param`, and notes a name that holds somebody else's tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameters: list[Tensor] = []
+        self.clash: str | None = None
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        if hasattr(value, "_pyro_unconstrained_param"):
+            value = value._pyro_unconstrained_param
+        elif hasattr(value, "unconstrained"):
+            value = value.unconstrained()
+        self.parameters.append(value)
+        own = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(own, nn.Parameter) and own is not value:
+            self.clash = msg["name"]
+
+
+def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) -> str:
+    """Where a loss or gradient stopped being finite, found by running the step's traces again."""
+    with torch.no_grad(), pyro.validation_enabled(False):
+        guide, model = pair.run(batch)
+        found = _first_bad_site(pair, batch, (("guide", guide), ("model", model)))
+    what = f"loss {value.item():.4g}"
+    if torch.isfinite(value):
+        what += f", but a gradient of norm {norm.item():.4g}"
+    return (
+        f"fit stopped before step {step}: {what}{found or ''}. The weights are the last finite ones. Try a lower "
+        "learning_rate, clip_norm=10.0, or data scaled to about unit size."
+    )
+
+
+def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
+    for where, trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+            event_dim = len(site["fn"].event_shape)
+            for what, tensor, right in (("value", site["value"], event_dim), ("log-probability", log_prob, 0)):
+                bad = ~torch.isfinite(tensor)
+                if not bad.any():
+                    continue
+                axes = [f.dim - right + tensor.dim() for f in site["cond_indep_stack"] if f.name == pair.plate]
+                text = f", from the {what} of site {name!r} of the {where}"
+                if axes and axes[0] >= 0 and tensor.shape[axes[0]] == batch.size:
+                    rows = bad.movedim(axes[0], 0).reshape(batch.size, -1).any(1).nonzero().flatten()
+                    first = int(rows[0]) if batch.rows is None else int(batch.rows[int(rows[0])])
+                    of = "its batch" if batch.rows is None else "the data"
+                    text += f" ({len(rows)} of {batch.size} rows of the batch, the first is row {first} of {of})"
+                return text
+    return None

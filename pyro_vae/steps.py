@@ -1,0 +1,141 @@
+"""Optimizer steps: loss, gradients, clipping and update of a pair on one batch, compiled or by Pyro as it is.
+
+No step is taken on a loss or gradient that is not finite. On a CPU each is looked at; a GPU would have to be waited
+for, so there the fused optimizer is told to skip that step and all after it, and the epoch's end says which it was.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vae.batches import Batch, Batches
+from pyro_vae.compiled import CompiledELBO
+from pyro_vae.pairs import Pair, diagnosis
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Steps of one optimizer on the loss per data point of a pair.
+
+    Args:
+        pair: looked at.
+        batches: where the batches come from.
+        elbo: the objective.
+        optimizer: of the pair's parameters.
+        clip_norm: largest norm of the gradient of the loss per data point.
+        compiled: takes the place of `elbo`, where it can.
+
+    Attributes:
+        count: steps taken.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        batches: Batches,
+        elbo: ELBO,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+        compiled: CompiledELBO | None,
+    ) -> None:
+        self.pair, self.batches, self.elbo, self.optimizer = pair, batches, elbo, optimizer
+        self.clip_norm, self.compiled = clip_norm, compiled
+        self.count = 0
+        self._own = {id(p) for p in pair.parameters}
+        self._weights: dict[int, Tensor] = {}
+        # the protocol of torch.amp.GradScaler: optimizers that take found_inf skip a step without a word to the CPU
+        skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
+        self._deferred = bool(skips) and pair.device.type == "cuda"
+        self._stopped = torch.zeros((), dtype=torch.bool, device=pair.device)
+        self._finite = torch.zeros((), dtype=torch.long, device=pair.device)
+        self._epoch: list[tuple[tuple[Tensor, ...], Batch]] = []
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step; returns the loss per data point, 0-dim, where the batch is.
+
+        Raises:
+            ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
+        """
+        state = _random_state(self.pair.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        value, norm = self._gradients(batch)
+        finite = torch.isfinite(value) & torch.isfinite(norm)
+        if self._deferred:
+            self._stopped |= ~finite
+            self._finite += ~self._stopped
+            self._epoch.append((state, batch._replace(inputs=())))
+            self.optimizer.found_inf = self._stopped.float()
+        elif not finite:
+            self._fail(batch, state, value, norm)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.pair.parameters, self.clip_norm, norm)
+        self.optimizer.step()
+        self.count += 1
+        return value
+
+    def end_epoch(self) -> None:
+        """Says what went wrong in an epoch whose steps nobody looked at."""
+        if self._deferred:
+            del self.optimizer.found_inf
+            if self._stopped:
+                self.count += int(self._finite) - len(self._epoch)
+                state, batch = self._epoch[int(self._finite)]
+                batch = self.batches.at(batch.rows)
+                with torch.random.fork_rng():
+                    _set_random_state(state, self.pair.device)
+                    value, norm = self._gradients(batch)
+                self._fail(batch, state, value, norm)
+            self._finite.zero_()
+            self._epoch.clear()
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
+        pair, size = self.pair, self.pair.data_points(batch)
+        if self.compiled is not None:
+            if size not in self._weights:
+                self._weights[size] = torch.tensor(1 / size, device=pair.device)
+            full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
+            found = self.compiled.loss_and_gradients(
+                pair.model, pair.guide, batch.inputs, self._weights[size], generate_code=full
+            )
+            if found is not None:
+                for leaf, gradient in found.gradients:
+                    if id(leaf) in self._own:
+                        leaf.grad = gradient
+                return found.loss / size, found.norm
+        # the first step runs under the user's validation settings, so that Pyro says what it has to say
+        with nullcontext() if self.count == 0 else pyro.validation_enabled(False):
+            if hasattr(self.elbo, "differentiable_loss"):
+                loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.inputs) / size
+                loss.backward()
+                value = loss.detach()
+            else:  # TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep do their own backward pass
+                value = self.elbo.loss_and_grads(pair.model, pair.guide, *batch.inputs)
+                value = torch.as_tensor(value[0] if isinstance(value, tuple) else value, device=pair.device) / size
+                for p in pair.parameters:
+                    if p.grad is not None:
+                        p.grad /= size
+        return value, torch.nn.utils.get_total_norm([p.grad for p in pair.parameters if p.grad is not None])
+
+    def _fail(self, batch: Batch, state: tuple[Tensor, ...], value: Tensor, norm: Tensor) -> None:
+        self.pair.recover()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng():
+            _set_random_state(state, self.pair.device)
+            raise ValueError(diagnosis(self.pair, batch, self.count, value, norm))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+
+
+def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,131 @@
+"""Watching what a function would read: numbers in closures, globals and attributes, and which tensors modules hold.
+
+A recorded graph keeps such numbers as they were. Whoever replays it asks first whether one of them has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Watch"]
+
+NUMBERS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+LIBRARIES = ("torch", "numpy", "pyro.distributions", "pyro.ops", "pyro.infer.util", "builtins", "math")
+
+
+class Watch:
+    """Remembers what can be reached from some functions and objects: numbers by value, tensors and modules by identity.
+
+    Looks into closures, the globals that a function names, bound objects, `functools.partial`, attributes of objects
+    and modules, lists, tuples and dicts. Not into libraries.
+
+    Args:
+        *roots: functions, modules, objects.
+
+    Example:
+        >>> class Scaled(nn.Module):
+        ...     beta = 1.0
+        >>> scaled = Scaled()
+        >>> scaled.beta = 0.5
+        >>> watch = Watch(scaled)
+        >>> scaled.beta = 0.6
+        >>> watch.changed()
+        "'beta' of Scaled"
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._items: list[tuple[Callable, Any, Any, str]] = []  # how to read, what, the value, whose
+        self._sizes: list[tuple[Any, int, str]] = []
+        self._seen: set[int] = set()
+        self._kept: list[Any] = []  # so that no identity is used again
+        for root in roots:
+            self._walk(root)
+
+    def changed(self) -> str | None:
+        """The name of something that is not as it was, or None."""
+        for container, size, owner in self._sizes:
+            if len(container) != size:
+                return f"an attribute of {owner}"
+        for read, key, value, owner in self._items:
+            try:
+                now = read(key)
+            except (KeyError, IndexError, ValueError):
+                return f"{key!r} of {owner}"
+            if now is not value and not (type(now) is type(value) and isinstance(now, NUMBERS) and now == value):
+                return f"{key!r} of {owner}"
+        return None
+
+    def _walk(self, root: Any) -> None:
+        if id(root) in self._seen or isinstance(root, (*NUMBERS, Tensor, type)):
+            return
+        self._seen.add(id(root))
+        self._kept.append(root)
+        if isinstance(root, MethodType):
+            self._walk(root.__self__)
+            self._walk(root.__func__)
+        elif isinstance(root, partial):
+            for part in (root.func, root.args, root.keywords):
+                self._walk(part)
+        elif isinstance(root, FunctionType):
+            self._function(root)
+        elif isinstance(root, dict):
+            self._mapping(root, "a dict")
+        elif isinstance(root, (list, tuple)) and len(root) <= 64:
+            for i, value in enumerate(root):
+                self._take(root.__getitem__, i, value, f"a {type(root).__name__}")
+        elif hasattr(root, "__dict__") and not (type(root).__module__ or "").startswith(LIBRARIES):
+            self._mapping(vars(root), type(root).__name__)
+            self._forward(root)
+        elif isinstance(root, nn.Module):
+            self._mapping(vars(root), type(root).__name__)
+
+    def _forward(self, root: Any) -> None:
+        for name in ("forward", "__call__"):
+            function = getattr(type(root), name, None)
+            if isinstance(function, FunctionType):
+                self._walk(function)
+
+    def _function(self, function: FunctionType) -> None:
+        if (function.__module__ or "").startswith((*LIBRARIES, "pyro", "pyro_vae")) and not function.__closure__:
+            return
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+            self._take(_Cell(cell), name, value, function.__qualname__)
+        if not (function.__module__ or "").startswith((*LIBRARIES, "pyro", "pyro_vae")):
+            names = function.__globals__
+            for name in function.__code__.co_names:
+                if name in names and not isinstance(names[name], type):
+                    self._take(names.__getitem__, name, names[name], f"{function.__qualname__}'s module")
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self._walk(value)
+
+    def _mapping(self, mapping: dict, owner: str) -> None:
+        if len(mapping) > 1000:
+            return
+        self._sizes.append((mapping, len(mapping), owner))
+        for key, value in list(mapping.items()):
+            self._take(mapping.__getitem__, key, value, owner)
+
+    def _take(self, read: Callable, key: Any, value: Any, owner: str) -> None:
+        if isinstance(value, (*NUMBERS, Tensor, nn.Module, FunctionType)):
+            self._items.append((read, key, value, owner))
+        self._walk(value)
+
+
+class _Cell:
+    """Reads a closure's cell, whatever the key."""
+
+    def __init__(self, cell: CellType) -> None:
+        self._cell = cell
+
+    def __call__(self, key: Any) -> Any:
+        return self._cell.cell_contents
