@@ -62,6 +62,16 @@ class _Plan:
         return all(params.get(name) is t for name, t in self.stored.items()) and self.watch.changed() is None
 
 
+class _Call(NamedTuple):
+    """A call, taken apart, and the recording that answers it."""
+
+    key: tuple
+    leaves: list[Any]
+    inputs: list[Tensor]
+    static: list[Any]
+    plan: _Plan | None
+
+
 class CompiledELBO(ELBO):
     r"""Any `pyro.infer.ELBO`, compiled: the same loss and gradients, without Pyro's Python in every step.
 
@@ -167,6 +177,30 @@ class CompiledELBO(ELBO):
 
     # -- recordings ---------------------------------------------------------------------------------------------------
 
+    def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict | None = None) -> _Call | None:
+        """The recording that answers a call, if there is one; None where Pyro has to run as it is."""
+        if (model, guide) not in self._met:
+            self._met.add((model, guide))
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs or {}))
+        inputs, static = [], []
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
+        for leaf in leaves:
+            if isinstance(leaf, float):
+                leaf = torch.tensor(leaf, device=device)  # an input, as it may be annealed
+            (inputs if isinstance(leaf, Tensor) else static).append(leaf)
+        if any(t.requires_grad for t in inputs) or any(isinstance(a, np.ndarray) for a in static):
+            return None
+        constants = tuple(a if isinstance(a, (bool, int, str, type(None))) else id(a) for a in static)
+        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
+        key = (model, guide, spec, shapes, constants)
+        if key in self._refused:
+            return None
+        plans = self._plans.setdefault(key, [])
+        self._plans.move_to_end(key)
+        plan = next((plan for plan in plans if plan.holds()), None)
+        return _Call(key, leaves, inputs, static, plan)
+
     def _replay(
         self,
         model: Callable,
@@ -177,51 +211,33 @@ class CompiledELBO(ELBO):
         generate_code: bool = True,
     ) -> tuple[LossAndGradients, list[str]] | None:
         """Loss and gradients, and the names of the parameters; None where Pyro has to run as it is."""
-        if (model, guide) not in self._met:
-            self._met.add((model, guide))
+        call = self.find(model, guide, args, kwargs)
+        if call is None:
             return None
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        inputs, static = [], []
-        for leaf in leaves:
-            if isinstance(leaf, float):
-                leaf = torch.tensor(leaf)  # an input, as it may be annealed
-            (inputs if isinstance(leaf, Tensor) else static).append(leaf)
-        if any(t.requires_grad for t in inputs) or any(isinstance(a, np.ndarray) for a in static):
-            return None
-        constants = tuple(a if isinstance(a, (bool, int, str, type(None))) else id(a) for a in static)
-        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        key = (model, guide, str(spec), shapes, constants)
-        if key in self._refused:
-            return None
-        inputs.append(torch.ones(()) if weight is None else weight)
-        plans = self._plans.setdefault(key, [])
-        self._plans.move_to_end(key)
-        for plan in plans:
-            if plan.holds():
-                self._recorded[key] = 0
-                if self.backend == "inductor" and generate_code:
-                    plan.graph.generate_code(*inputs)
-                (loss, norm), gradients = plan.graph(*inputs)
-                pairs = list(zip(plan.graph.leaves, gradients, strict=True))
-                return LossAndGradients(loss, norm, pairs), list(plan.stored)
-        return self._record(key, model, guide, leaves, spec, inputs, static)
+        device = call.inputs[0].device if call.inputs else None
+        inputs = [*call.inputs, torch.ones((), device=device) if weight is None else weight]
+        if call.plan is None:
+            return self._record(call, inputs)
+        graph = call.plan.graph
+        self._recorded[call.key] = 0
+        if self.backend == "inductor" and generate_code:
+            graph.generate_code(*inputs)
+        (loss, norm), gradients = graph(*inputs)
+        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(call.plan.stored)
 
-    def _record(
-        self, key: tuple, model: Callable, guide: Callable, leaves: list, spec: Any, inputs: list[Tensor], static: list
-    ) -> tuple[LossAndGradients, list[str]] | None:
+    def _record(self, call: _Call, inputs: list[Tensor]) -> tuple[LossAndGradients, list[str]] | None:
         """Runs and records one call; its results are those of the call."""
+        key, (model, guide, spec) = call.key, call.key[:3]
         plans = self._plans[key]
         if self._recorded.get(key, 0) >= self.cache_size:
-            what = next((w for w in (plan.watch.changed() for plan in reversed(self._plans[key])) if w), "a parameter")
-            return self._refuse(
-                key, f"{what} has another value in each call; try a tensor, or an argument of the model"
-            )
+            what = next((w for w in (plan.watch.changed() for plan in reversed(plans)) if w), "a parameter")
+            return self._refuse(key, f"{what} is another in each call; try a tensor, or an argument of the model")
         store = pyro.get_param_store()
         state, known = _random_state(), set(store.keys())
-        positions = [isinstance(leaf, (Tensor, float)) for leaf in leaves]
+        positions = [isinstance(leaf, (Tensor, float)) for leaf in call.leaves]
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            rest = {True: iter(inputs), False: iter(static)}
+            rest = {True: iter(inputs), False: iter(call.static)}
             args, kwargs = pytree.tree_unflatten([next(rest[p]) for p in positions], spec)
             with poutine.trace(param_only=True) as seen:
                 loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
@@ -239,8 +255,8 @@ class CompiledELBO(ELBO):
         if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there
             _set_random_state(state)
             return None
-        watch = Watch(model, guide, self.elbo, *static)
-        plans.append(_Plan(graph, watch, stored, static))
+        watch = Watch(model, guide, self.elbo, *call.static)
+        plans.append(_Plan(graph, watch, stored, call.static))
         self._recorded[key] = self._recorded.get(key, 0) + 1
         while sum(map(len, self._plans.values())) > self.cache_size:
             oldest = next(iter(self._plans))

@@ -277,11 +277,9 @@ class ConditionalMultivariateNormal(Conditional):
 
     def distribution(self, loc: Tensor, raw_scale: Tensor, lower: Tensor) -> Any:
         d, batch = loc.shape[-1], loc.shape[:-1]
-        tril = (
-            lower.new_zeros(*batch, d * d).index_copy(-1, self._strictly_lower, lower / sqrt(d)).unflatten(-1, (d, d))
-        )
-        tril = tril + torch.eye(d, dtype=loc.dtype, device=loc.device)
-        return MultivariateNormal(loc, _positive(raw_scale).unsqueeze(-1) * tril, self.event_shape)
+        flat = lower.new_zeros(*batch, d * d).index_copy(-1, self._strictly_lower, lower / sqrt(d))
+        scale, lower = _positive(raw_scale), flat.unflatten(-1, (d, d))
+        return MultivariateNormal(loc, event_shape=self.event_shape, scale=scale, lower=lower)
 
 
 class ConditionalBernoulli(Conditional):

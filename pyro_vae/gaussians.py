@@ -15,6 +15,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Independent, constraints, register_kl
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
@@ -30,9 +31,13 @@ class MultivariateNormal(dist.MultivariateNormal):
     z was rounded. The noise was not: log q(z) = −½ |ε|² − Σ log L_ii − d/2 log 2π. A draw from `rsample` or `sample`
     is remembered and scored that way (with the gradients of the solve); any other value is solved for.
 
+    Kept as L = diag(τ) (I + A), A strictly lower triangular.
+
     Args:
         loc: (*batch, d).
-        scale_tril: (*batch, d, d), lower triangular with a positive diagonal.
+        scale_tril: L, (*batch, d, d), lower triangular with a positive diagonal; or instead of it
+        scale: τ, (*batch, d), positive, and
+        lower: A, (*batch, d, d).
         event_shape: shape of one value, d elements in all; default (d,).
 
     Example:
@@ -44,21 +49,35 @@ class MultivariateNormal(dist.MultivariateNormal):
     _draw: tuple[Tensor, Tensor, int] | None = None  # the last draw, its noise and its version
 
     def __init__(
-        self, loc: Tensor, scale_tril: Tensor, event_shape: Sequence[int] | None = None, **kwargs: Any
+        self,
+        loc: Tensor,
+        scale_tril: Tensor | None = None,
+        event_shape: Sequence[int] | None = None,
+        *,
+        scale: Tensor | None = None,
+        lower: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
-        super().__init__(loc, scale_tril=scale_tril, **kwargs)
-        if event_shape is not None:
-            if prod(event_shape) != loc.shape[-1]:
-                raise ValueError(f"MultivariateNormal: event shape {event_shape} has not {loc.shape[-1]} elements.")
-            self._event_shape = Size(event_shape)
+        if scale_tril is not None:
+            scale = scale_tril.diagonal(dim1=-2, dim2=-1)
+            lower = scale_tril.tril(-1) / scale.unsqueeze(-1)
+        shape = Size(loc.shape[-1:] if event_shape is None else event_shape)
+        if prod(shape) != loc.shape[-1]:
+            raise ValueError(f"MultivariateNormal: event shape {event_shape} has not {loc.shape[-1]} elements.")
+        batch = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1])
+        self.loc, self._scale, self._lower = loc.expand(*batch, loc.shape[-1]), scale, lower
+        TorchDistribution.__init__(self, batch, shape, validate_args=validate_args)
+        if self._validate_args and scale_tril is not None and not constraints.lower_cholesky.check(scale_tril).all():
+            raise ValueError(
+                "MultivariateNormal: expected scale_tril lower triangular with a positive diagonal. Try "
+                "torch.linalg.cholesky of the covariance."
+            )
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> MultivariateNormal:
         new = type(self).__new__(type(self)) if _instance is None else _instance
         shape = Size(batch_shape)
-        new.loc = self.loc.expand(*shape, self.loc.shape[-1])
-        new._unbroadcasted_scale_tril = self._unbroadcasted_scale_tril
-        new.scale_tril = self.scale_tril.expand(*shape, *self.scale_tril.shape[-2:])
-        torch.distributions.Distribution.__init__(new, shape, self._event_shape, validate_args=False)
+        new.loc, new._scale, new._lower = self.loc.expand(*shape, self.loc.shape[-1]), self._scale, self._lower
+        TorchDistribution.__init__(new, shape, self._event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -78,6 +97,15 @@ class MultivariateNormal(dist.MultivariateNormal):
         return variance.expand(self.loc.shape).reshape(self._extended_shape())
 
     @lazy_property
+    def _unbroadcasted_scale_tril(self) -> Tensor:
+        return torch.diag_embed(self._scale) + self._scale.unsqueeze(-1) * self._lower
+
+    @lazy_property
+    def scale_tril(self) -> Tensor:
+        """L of the flattened event, (*batch, d, d)."""
+        return self._unbroadcasted_scale_tril.expand(*self.batch_shape, *self._lower.shape[-2:])
+
+    @lazy_property
     def covariance_matrix(self) -> Tensor:
         """Σ = L Lᵀ of the flattened event, (*batch, d, d)."""
         tril = self._unbroadcasted_scale_tril
@@ -89,12 +117,11 @@ class MultivariateNormal(dist.MultivariateNormal):
         return torch.cholesky_inverse(self._unbroadcasted_scale_tril).expand(self.scale_tril.shape)
 
     def entropy(self) -> Tensor:
-        log_det = self._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return (log_det + 0.5 * self.loc.shape[-1] * (1 + log(2 * pi))).expand(self._batch_shape)
+        return (self._scale.log().sum(-1) + 0.5 * self.loc.shape[-1] * (1 + log(2 * pi))).expand(self._batch_shape)
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:
         eps = torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
-        value = self.loc + torch.einsum("...ij,...j->...i", self._unbroadcasted_scale_tril, eps)
+        value = self.loc + self._scale * (eps + torch.einsum("...ij,...j->...i", self._lower, eps))
         value = value.reshape(self._extended_shape(Size(sample_shape)))
         self._draw = (value, eps, value._version)
         return value
@@ -102,42 +129,38 @@ class MultivariateNormal(dist.MultivariateNormal):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        tril = self._unbroadcasted_scale_tril
         flat = value.reshape(*value.shape[: value.dim() - len(self._event_shape)], -1)
         if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
-            eps = _Noise.apply(flat, self.loc, tril, self._draw[1])
+            eps = _Noise.apply((flat - self.loc) / self._scale, self._lower, self._draw[1])
         else:
-            eps = _whiten(tril, flat - self.loc)
-        log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * (eps.square().sum(-1) + eps.shape[-1] * log(2 * pi)) - log_det
+            eps = _solve(self._lower, (flat - self.loc) / self._scale)
+        return -0.5 * (eps.square().sum(-1) + eps.shape[-1] * log(2 * pi)) - self._scale.log().sum(-1)
 
 
 class _Noise(torch.autograd.Function):
-    """ε = L⁻¹ (z − μ) where ε is known: nothing is computed forward, the gradients are those of the solve."""
+    """ε = (I + A)⁻¹ y where ε is known: nothing is computed forward, the gradients are those of the solve."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, loc: Tensor, tril: Tensor, eps: Tensor) -> Tensor:
-        ctx.save_for_backward(tril, eps)
-        ctx.shapes = value.shape, loc.shape, tril.shape
+    def forward(ctx: Any, y: Tensor, lower: Tensor, eps: Tensor) -> Tensor:
+        ctx.save_for_backward(lower, eps)
         return eps.view_as(eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tril, eps = ctx.saved_tensors
-        value, loc, shape = ctx.shapes
-        back = _whiten(tril.mT, grad, upper=True)  # L⁻ᵀ g
-        outer = (back.unsqueeze(-1) * eps.unsqueeze(-2)).sum_to_size(shape).tril()
-        return back.sum_to_size(value), -back.sum_to_size(loc), -outer, None
+        lower, eps = ctx.saved_tensors
+        back = _solve(lower.mT, grad, upper=True)  # (I + A)⁻ᵀ g
+        return back, -(back.unsqueeze(-1) * eps.unsqueeze(-2)).sum_to_size(lower.shape).tril(-1), None
 
 
-def _whiten(tril: Tensor, x: Tensor, upper: bool = False) -> Tensor:
-    """L⁻¹ x for L (*batch, d, d) and x (*sample, *batch, d), without repeating L over the sample dimensions."""
-    lead, batch = x.shape[:-1], tril.shape[:-2]
+def _solve(lower: Tensor, x: Tensor, upper: bool = False) -> Tensor:
+    """(I + A)⁻¹ x for A (*batch, d, d) and x (*sample, *batch, d), without repeating A over the sample dimensions."""
+    lead, batch = x.shape[:-1], lower.shape[:-2]
+    options = {"upper": upper, "unitriangular": True}
     if lead[len(lead) - len(batch) :] != batch:
         batch = torch.broadcast_shapes(lead, batch)
-        return torch.linalg.solve_triangular(tril, x.expand(*batch, -1).unsqueeze(-1), upper=upper).squeeze(-1)
+        return torch.linalg.solve_triangular(lower, x.expand(*batch, -1).unsqueeze(-1), **options).squeeze(-1)
     columns = x.reshape(-1, *batch, x.shape[-1]).movedim(0, -1)  # (*batch, d, samples)
-    return torch.linalg.solve_triangular(tril, columns, upper=upper).movedim(-1, 0).reshape(x.shape)
+    return torch.linalg.solve_triangular(lower, columns, **options).movedim(-1, 0).reshape(x.shape)
 
 
 def _gaussian(p: Any) -> tuple[Tensor, Tensor, bool]:
@@ -169,7 +192,8 @@ def _kl_gaussians(p: Any, q: Any) -> Tensor:
         batch = torch.broadcast_shapes(p_scale.shape[: p_scale.dim() - 1 - p_full], q_scale.shape[:-2])
         tril = (p_scale if p_full else torch.diag_embed(p_scale)).expand(*batch, *q_scale.shape[-2:])
         trace = torch.linalg.solve_triangular(q_scale, tril, upper=False).square().sum((-2, -1))
-        distance = _whiten(q_scale, p_loc - q_loc).square().sum(-1)
+        difference = (p_loc - q_loc).expand(*batch, -1).unsqueeze(-1)
+        distance = torch.linalg.solve_triangular(q_scale, difference, upper=False).square().sum((-2, -1))
     else:
         variance = p_scale.square().sum(-1) if p_full else p_scale.square()
         trace = (variance / q_scale.square()).sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch, Batches
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.pairs import Pair, diagnosis
+from pyro_vae.whole_step import WholeStep
 
 __all__ = ["Steps"]
 
@@ -49,6 +50,7 @@ class Steps:
         self.count = 0
         self._own = {id(p) for p in pair.parameters}
         self._weights: dict[int, Tensor] = {}
+        self._whole: WholeStep | None = None
         # the protocol of torch.amp.GradScaler: optimizers that take found_inf skip a step without a word to the CPU
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and pair.device.type == "cuda"
@@ -62,47 +64,87 @@ class Steps:
         Raises:
             ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
         """
-        state = _random_state(self.pair.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        value, norm = self._gradients(batch)
-        finite = torch.isfinite(value) & torch.isfinite(norm)
-        if self._deferred:
-            self._stopped |= ~finite
-            self._finite += ~self._stopped
-            self._epoch.append((state, batch._replace(inputs=())))
-            self.optimizer.found_inf = self._stopped.float()
-        elif not finite:
-            self._fail(batch, state, value, norm)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.pair.parameters, self.clip_norm, norm)
-        self.optimizer.step()
+        state, size = _random_state(self.pair.device), self.pair.data_points(batch)
+        inputs = self._find_whole_step(batch)
+        if inputs is not None:
+            value, norm = self._whole(self._stopped, *inputs)
+            value = value / size
+            self._look(batch, state, value, norm)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            value, norm = self._gradients(batch)
+            self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
+            self._look(batch, state, value, norm)
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.pair.parameters, self.clip_norm, norm)
+            if self._deferred:
+                self.optimizer.found_inf = self._stopped.float()
+            if self._whole is not None:
+                self._whole.settle()
+            self.optimizer.step()
+            if self._whole is not None:
+                self._whole.resume()
         self.count += 1
         return value
 
     def end_epoch(self) -> None:
-        """Says what went wrong in an epoch whose steps nobody looked at."""
+        """Says what went wrong in an epoch whose steps nobody looked at, and brings the optimizer up to date."""
+        skipped = 0
         if self._deferred:
-            del self.optimizer.found_inf
-            if self._stopped:
-                self.count += int(self._finite) - len(self._epoch)
-                state, batch = self._epoch[int(self._finite)]
-                batch = self.batches.at(batch.rows)
-                with torch.random.fork_rng():
-                    _set_random_state(state, self.pair.device)
-                    value, norm = self._gradients(batch)
-                self._fail(batch, state, value, norm)
-            self._finite.zero_()
-            self._epoch.clear()
+            if hasattr(self.optimizer, "found_inf"):
+                del self.optimizer.found_inf
+            skipped = len(self._epoch) - int(self._finite)
+        if self._whole is not None:
+            self._whole.settle(skipped)
+        if skipped:
+            self.count -= skipped
+            state, batch = self._epoch[int(self._finite)]
+            batch = self.batches.at(batch.rows)
+            with torch.random.fork_rng():
+                _set_random_state(state, self.pair.device)
+                value, norm = self._gradients(batch)
+            self._fail(batch, state, value, norm)
+        self._finite.zero_()
+        self._epoch.clear()
+
+    def _look(self, batch: Batch, state: tuple[Tensor, ...], value: Tensor, norm: Tensor) -> None:
+        """Stops on what is not finite; later, if the device would have to be waited for."""
+        if self._deferred:
+            self._finite += ~self._stopped
+            self._epoch.append((state, batch._replace(inputs=())))
+        elif self._stopped:
+            if self._whole is not None:
+                self._whole.settle(skipped=1)
+            self._fail(batch, state, value, norm)
+
+    def _find_whole_step(self, batch: Batch) -> list[Tensor] | None:
+        """The inputs of the whole step, once the loss is recorded, and where the optimizer is a plain Adam."""
+        if self.compiled is None or self.compiled.backend != "inductor" or batch.size != self.batches.batch_size:
+            return None
+        call = self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
+        if call is None or call.plan is None:
+            return None
+        if self._whole is None or self._whole.graph is not call.plan.graph:
+            if self._whole is not None:
+                self._whole.settle()
+                self._whole = None
+            if not WholeStep.fits(self.optimizer, call.plan.graph):
+                return None
+            self._whole = WholeStep(call.plan.graph, self.optimizer, self.clip_norm)
+        return [*call.inputs, self._weight(self.pair.data_points(batch))]
+
+    def _weight(self, size: int) -> Tensor:
+        if size not in self._weights:
+            self._weights[size] = torch.tensor(1 / size, device=self.pair.device)
+        return self._weights[size]
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
         pair, size = self.pair, self.pair.data_points(batch)
         if self.compiled is not None:
-            if size not in self._weights:
-                self._weights[size] = torch.tensor(1 / size, device=pair.device)
             full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
             found = self.compiled.loss_and_gradients(
-                pair.model, pair.guide, batch.inputs, self._weights[size], generate_code=full
+                pair.model, pair.guide, batch.inputs, self._weight(size), generate_code=full
             )
             if found is not None:
                 for leaf, gradient in found.gradients:

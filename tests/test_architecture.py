@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "watch": set(),
     "compiled": {"graphs", "watch"},
     "pairs": {"batches", "traces"},
-    "steps": {"batches", "compiled", "pairs"},
+    "whole_step": {"graphs"},
+    "steps": {"batches", "compiled", "pairs", "whole_step"},
     "training": {"batches", "compiled", "pairs", "progress", "steps", "traces"},
     "io_arviz": {"evidence", "particles", "progress", "traces"},
 }
