@@ -18,11 +18,15 @@ from torch import Tensor
 
 from pyro_vae.densities import LatentDensity
 from pyro_vae.evidence import Evidence, collect
+from pyro_vae.kernels import CompiledLogWeight, compiled_log_weight
 from pyro_vae.particles import ParticleSampler, check_num_particles
 from pyro_vae.proposals import from_guide, from_prior, mixture_weights
 from pyro_vae.traces import StopAfter, unobserved
 
 __all__ = ["importance_sampling", "prior_sampling"]
+
+# how `collect` cuts compiled work: generated code makes half the tensors, and rows share what is done once for each
+PASSES = {"tensors": 0.5, "together": 128}
 
 
 def importance_sampling(
@@ -36,6 +40,7 @@ def importance_sampling(
     correction: str | None = None,
     exact_draw: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
+    compile: bool | str = "auto",
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -69,6 +74,10 @@ def importance_sampling(
             one of the K particles of each point is this one, which makes the estimate an upper bound.
         chunk_size: particles × rows of one pass; default: as many as make 24 MiB of tensors. It decides which random
             numbers meet which particle, and nothing else.
+        compile: whether passes are compiled, unless there are options that make a mixture: True, False, or "auto": Pyro
+            as it is for less than 30 passes, its operations recorded and replayed for less than 1000, beyond that
+            through generated code, which takes seconds to make. A pair that cannot be compiled runs as it is, with a
+            warning.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -99,10 +108,13 @@ def importance_sampling(
         raise ValueError(f"defensive: expected a share of the particles in [0, 1), got {defensive}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
     num_prior = round(defensive * num_particles)
+    kernel = None
+    if exact_draw is None and not num_prior:
+        kernel = _compiled(sampler, compile, num_particles, chunk_size)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         if exact_draw is None and not num_prior:
-            return _from_guide(sampler, rows)
+            return _from_guide(sampler, rows, kernel)
         density = LatentDensity(sampler, rows)
         counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=sampler.layout.device)
         proposals = [from_guide(density), from_prior(density)]
@@ -118,6 +130,7 @@ def importance_sampling(
         correction=correction,
         chunk_size=chunk_size,
         progress=progress,
+        **(PASSES if kernel is not None else {}),
     )
 
 
@@ -128,6 +141,7 @@ def prior_sampling(
     num_particles: int = 5000,
     plate: str | None = "data",
     chunk_size: int | None = None,
+    compile: bool | str = "auto",
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -143,6 +157,7 @@ def prior_sampling(
         num_particles: K ≥ 1.
         plate: name of the plate of data points.
         chunk_size: particles × rows of one pass.
+        compile: as in `importance_sampling`.
         progress: show a progress bar, if on a terminal.
         **kwargs: what the model is called with.
 
@@ -167,17 +182,31 @@ def prior_sampling(
     num_particles = check_num_particles(num_particles)
     sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
     sampler.guide = StopAfter(sampler.layout.latents)(sampler.guide)  # the model runs once for each draw, not twice
+    kernel = _compiled(sampler, compile, num_particles, chunk_size)
     return collect(
         sampler,
-        lambda rows: _from_guide(sampler, rows),
+        lambda rows: _from_guide(sampler, rows, kernel),
         num_particles,
         method="prior_sampling",
         chunk_size=chunk_size,
         progress=progress,
+        **(PASSES if kernel is not None else {}),
     )
 
 
-def _from_guide(sampler: ParticleSampler, rows: slice) -> Callable[[int], Tensor]:
-    """Log-weights of fresh draws from the guide; the first call looks at the data."""
-    first = iter([True])
-    return lambda count: sampler.log_weight(count, rows, check=next(first, False))
+def _compiled(
+    sampler: ParticleSampler, compile: bool | str, num_particles: int, chunk_size: int | None
+) -> CompiledLogWeight | None:
+    rows, counts = sampler.chunks(num_particles, chunk_size)
+    kernel = compiled_log_weight(sampler, compile, len(rows) * len(counts))
+    if kernel is not None:
+        sampler.check()
+    return kernel
+
+
+def _from_guide(sampler: ParticleSampler, rows: slice, kernel: CompiledLogWeight | None) -> Callable[[int], Tensor]:
+    """Log-weights of fresh draws from the guide; the first pass looks at the data, if `_compiled` did not."""
+    if kernel is None:
+        first = iter([True])
+        return lambda count: sampler.log_weight(count, rows, check=next(first, False))
+    return lambda count: kernel(count, rows)

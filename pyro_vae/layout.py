@@ -6,7 +6,8 @@ to run on some of the rows, and how a site's tensors become (K particles, N data
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -41,6 +42,7 @@ class Layout:
         self.length: int | None = None
         self.fixed: int | None = None
         self.num_points = 1
+        self._standing_in: tuple[tuple, dict] | None = None
         if plate is None:
             self._look(None)
         else:
@@ -173,8 +175,19 @@ class Layout:
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def using(self, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Stands these in for the arguments, cut to whatever rows."""
+        self._standing_in = args, kwargs
+        try:
+            yield
+        finally:
+            self._standing_in = None
+
     def cut(self, rows: slice | None) -> tuple[tuple, dict]:
         """The arguments for some rows (None: all)."""
+        if self._standing_in is not None:
+            return self._standing_in
         if rows is None or self.length is None:
             return self.args, self.kwargs
 

@@ -124,6 +124,7 @@ class ParticleSampler:
         self.model, self.guide = model, guide
         self.layout = Layout(model, guide, args, kwargs or {}, plate)
         self.num_points = self.layout.num_points
+        self._known_cells: int | None = None
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -150,16 +151,29 @@ class ParticleSampler:
         rows = self.layout.fixed or self.num_points
         if self.layout.length is not None:
             rows = min(rows, max(1, cells // together))
+            rows = -(-self.num_points // -(-self.num_points // rows))  # passes of about the same size
         at_once = max(1, min(num_particles, cells // rows))
+        at_once = -(-num_particles // -(-num_particles // at_once))
         whole, rest = divmod(num_particles, at_once)
         slices = [slice(i, min(i + rows, self.num_points)) for i in range(0, self.num_points, rows)]
         return slices, [at_once] * whole + [rest] * (rest > 0)
 
     def _cells(self) -> int:
+        if self._known_cells is None:
+            self._known_cells = self._count_cells()
+        return self._known_cells
+
+    def _count_cells(self) -> int:
         num_particles, rows = (1, None) if self.layout.length is None else (8, slice(0, 2))
         with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), _CountBytes() as counter:
             log_weight = self.log_weight(num_particles, rows, check=False)
         return CHUNK_BYTES * log_weight.numel() // max(1, counter.total)
+
+    def check(self) -> None:
+        """Raises ValueError for data that are not finite or outside the support of their likelihood."""
+        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode():
+            for rows in self.chunks(1)[0]:
+                self.log_weight(1, rows, check=True)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 

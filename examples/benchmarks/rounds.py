@@ -13,6 +13,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,18 @@ def worker(systems: dict[str, Callable[..., Run]]) -> None:
     name, config = sys.argv[-2], json.loads(sys.argv[-1])
     try:
         run = systems[name](**config)
-        run(2)
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         os._exit(0)
+    if hasattr(run, "main"):  # something that wants the main thread, where the number of threads was set
+        threading.Thread(target=_serve, args=(run,), daemon=True).start()
+        run.main()
+    else:
+        _serve(run)
+
+
+def _serve(run: Run) -> None:
+    run(2)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
