@@ -259,10 +259,8 @@ class CompiledELBO(ELBO):
         plans.append(_Plan(graph, watch, stored, call.static))
         self._recorded[key] = self._recorded.get(key, 0) + 1
         while sum(map(len, self._plans.values())) > self.cache_size:
-            oldest = next(iter(self._plans))
+            oldest = next(key for key, kept in self._plans.items() if kept)
             self._plans[oldest].pop(0)
-            if not self._plans[oldest]:
-                del self._plans[oldest]
         return LossAndGradients(*results, list(zip(graph.leaves, gradients, strict=True))), list(stored)
 
     def _refuse(self, key: tuple, reason: str) -> None:

@@ -44,13 +44,17 @@ class Graph:
     Args:
         module: the graph; its inputs are `tensors`, then the function's own.
         tensors: what the function read beside its arguments, alive.
-        leaves: of these and the inputs, as indices, whose gradients come after the function's results.
+        leaves: those of them whose gradients come after the function's results.
         num_results: how many tensors the function returns.
+
+    Attributes:
+        generated: whether code has been asked for.
     """
 
     def __init__(self, module: GraphModule, tensors: list[Tensor], leaves: list[Tensor], num_results: int) -> None:
         self.module, self.tensors, self.leaves, self.num_results = module, tensors, leaves, num_results
-        self._run: Callable = module
+        self.generated = False
+        self._run: Callable = module.forward
 
     def __call__(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Results, and the gradients of `leaves`."""
@@ -60,7 +64,8 @@ class Graph:
 
     def generate_code(self, *inputs: Tensor) -> None:
         """Goes on with code that torch's inductor generates, where it can. `inputs` are examples."""
-        if self._run is self.module:
+        if not self.generated:
+            self.generated = True
             self._run = generate(self.module, self.tensors, list(inputs))
 
 
@@ -241,6 +246,8 @@ class _Handler(TorchFunctionMode):
         self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
     ) -> None:
         leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in self._made]
+        if not leaves:
+            return
         if self.weight is not None and gradient is None:
             gradient = self.weight.to(loss)
         found = torch.autograd.grad(loss, leaves, gradient, retain_graph, create_graph, allow_unused=True)

@@ -119,7 +119,8 @@ class Steps:
 
     def _find_whole_step(self, batch: Batch) -> list[Tensor] | None:
         """The inputs of the whole step, once the loss is recorded, and where the optimizer is a plain Adam."""
-        if self.compiled is None or self.compiled.backend != "inductor" or batch.size != self.batches.batch_size:
+        full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
+        if self.compiled is None or self.compiled.backend != "inductor" or not full or self.count == 0:
             return None
         call = self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
         if call is None or call.plan is None:
@@ -141,8 +142,8 @@ class Steps:
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
         pair, size = self.pair, self.pair.data_points(batch)
-        if self.compiled is not None:
-            full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
+        if self.compiled is not None and self.count > 0:
+            full = batch.size == self.batches.batch_size
             found = self.compiled.loss_and_gradients(
                 pair.model, pair.guide, batch.inputs, self._weight(size), generate_code=full
             )

@@ -130,9 +130,10 @@ def fit(
         for rows in everything:
             rows.to(pair.move(device))
             pair.check_support(rows)
-        elbo = loss if isinstance(loss, CompiledELBO) else copy.copy(Trace_ELBO() if loss is None else loss)
+        compiled = loss if isinstance(loss, CompiledELBO) else None
+        elbo = copy.copy(compiled.elbo if compiled else Trace_ELBO() if loss is None else loss)
         optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
-        steps = Steps(pair, batches, elbo, optim, clip_norm, _compiled(elbo, compile, num_epochs, batches))
+        steps = Steps(pair, batches, elbo, optim, clip_norm, compiled or _compiled(elbo, compile, num_epochs, batches))
         schedule = None if scheduler is None else scheduler(optim)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         bar = stack.enter_context(progress_bar(total, "", progress, unit="row", leave=True))
@@ -195,8 +196,6 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
 
 def _compiled(elbo: ELBO, compile: bool | str, num_epochs: int, batches: Batches) -> CompiledELBO | None:
     """What takes the steps: by their number, not by their time, so that the same call does the same thing again."""
-    if isinstance(elbo, CompiledELBO):
-        return elbo
     if compile == "auto":
         steps = num_epochs * (batches.num_batches or 0)
         return None if steps < 300 else CompiledELBO(elbo, backend="eager" if steps < 3000 else "inductor")

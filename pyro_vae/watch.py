@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = ["Watch"]
 
 NUMBERS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+MOST = 5000  # objects looked into
 LIBRARIES = ("torch", "numpy", "pyro.distributions", "pyro.ops", "pyro.infer.util", "builtins", "math")
 
 
@@ -62,7 +63,7 @@ class Watch:
         return None
 
     def _walk(self, root: Any) -> None:
-        if id(root) in self._seen or isinstance(root, (*NUMBERS, Tensor, type)):
+        if id(root) in self._seen or isinstance(root, (*NUMBERS, Tensor, type)) or len(self._seen) > MOST:
             return
         self._seen.add(id(root))
         self._kept.append(root)
@@ -103,7 +104,14 @@ class Watch:
         if not (function.__module__ or "").startswith((*LIBRARIES, "pyro", "pyro_vae")):
             names = function.__globals__
             for name in function.__code__.co_names:
-                if name in names and not isinstance(names[name], type):
+                if name not in names or isinstance(names[name], type):
+                    continue
+                if isinstance(names[name], ModuleType):  # the function may read what is in there
+                    inside = vars(names[name])
+                    for attribute in function.__code__.co_names:
+                        if isinstance(inside.get(attribute), NUMBERS) and attribute in inside:
+                            self._take(inside.__getitem__, attribute, inside[attribute], f"module {name!r}")
+                else:
                     self._take(names.__getitem__, name, names[name], f"{function.__qualname__}'s module")
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._walk(value)
