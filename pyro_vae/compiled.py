@@ -24,6 +24,8 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -57,9 +59,20 @@ class _Plan:
     stored: dict[str, Tensor]  # of Pyro's parameter store: {name: unconstrained tensor}
     kept: Any  # arguments known by identity
 
+    def __post_init__(self) -> None:
+        self.properties = self._properties()
+
     def holds(self) -> bool:
         params = pyro.get_param_store()._params
-        return all(params.get(name) is t for name, t in self.stored.items()) and self.watch.changed() is None
+        return (
+            all(params.get(name) is t for name, t in self.stored.items())
+            and self._properties() == self.properties
+            and self.watch.changed() is None
+        )
+
+    def _properties(self) -> list[tuple]:
+        """What a user may change of a tensor that stays: frozen, moved to a device."""
+        return [(t.requires_grad, t.device, t.dtype, t.shape) for t in self.graph.tensors]
 
 
 class _Call(NamedTuple):
@@ -81,7 +94,8 @@ class CompiledELBO(ELBO):
     terms are recorded as operations: random stays random.
 
     Where a model decides by values what to do next (`if`, `.item()`, numpy) no graph can be had: then Pyro runs as it
-    is, and one warning names the place. So it does for arguments that require a gradient.
+    is, and one warning names the place. So it does for arguments that require a gradient, and under effect handlers
+    around the call.
 
     Args:
         elbo: the objective; default `Trace_ELBO()`.
@@ -182,6 +196,8 @@ class CompiledELBO(ELBO):
         if (model, guide) not in self._met:
             self._met.add((model, guide))
             return None
+        if any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
+            return None  # handlers around the call, which may be others in the next
         leaves, spec = pytree.tree_flatten((args, kwargs or {}))
         inputs, static = [], []
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
@@ -191,7 +207,7 @@ class CompiledELBO(ELBO):
             (inputs if isinstance(leaf, Tensor) else static).append(leaf)
         if any(t.requires_grad for t in inputs) or any(isinstance(a, np.ndarray) for a in static):
             return None
-        constants = tuple(a if isinstance(a, (bool, int, str, type(None))) else id(a) for a in static)
+        constants = tuple((type(a), a if isinstance(a, (bool, int, str, type(None))) else id(a)) for a in static)
         shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
         key = (model, guide, spec, shapes, constants)
         if key in self._refused:

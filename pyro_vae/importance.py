@@ -25,7 +25,7 @@ from pyro_vae.traces import StopAfter, unobserved
 
 __all__ = ["importance_sampling", "prior_sampling"]
 
-# how `collect` cuts compiled work: generated code makes half the tensors, and rows share what is done once for each
+# how `collect` cuts work for generated code: it makes half the tensors, and rows share what is done once for each
 PASSES = {"tensors": 0.5, "together": 128}
 
 
@@ -130,7 +130,7 @@ def importance_sampling(
         correction=correction,
         chunk_size=chunk_size,
         progress=progress,
-        **(PASSES if kernel is not None else {}),
+        **(PASSES if kernel is not None and kernel.generate_code else {}),
     )
 
 
@@ -190,7 +190,7 @@ def prior_sampling(
         method="prior_sampling",
         chunk_size=chunk_size,
         progress=progress,
-        **(PASSES if kernel is not None else {}),
+        **(PASSES if kernel is not None and kernel.generate_code else {}),
     )
 
 

@@ -345,6 +345,24 @@ def test_new_parameters_are_seen():
         torch.testing.assert_close(got[1], expected[1])
 
 
+def test_frozen_parameters_and_handlers_around_the_call_are_seen():
+    vae, elbo = small_vae(full=False), Trace_ELBO()
+    compiled = CompiledELBO(elbo, backend="eager")
+    for i in range(8):
+        vae.posterior.head.weight.requires_grad_(i % 4 < 2)
+        vae.zero_grad()
+        torch.manual_seed(i)
+        with poutine.scale(scale=1.0 + (i > 5)):
+            losses = [compiled.loss_and_grads(vae.model, vae.guide, X)]
+            assert (vae.posterior.head.weight.grad is not None) == (i % 4 < 2)
+            torch.manual_seed(i)
+            losses.append(elbo.loss_and_grads(vae.model, vae.guide, X))
+        torch.manual_seed(i)
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+        if i < 6:
+            assert compiled.loss_and_grads(vae.model, vae.guide, X) == pytest.approx(losses[1], rel=1e-6)
+
+
 # -- where no graph can be had ----------------------------------------------------------------------------------------
 
 

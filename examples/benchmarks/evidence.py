@@ -160,8 +160,8 @@ SYSTEMS = {
     "matrix products": products,
 }
 OURS = "pyro_vae"
-GROWTH = [("784-400-50", k, 10) for k in (500, 5000, 50_000)]
-GROWTH += [("784-400-50", 500, n) for n in (100, 1000)]
+GROWTH = [("784-400-50", k, 100) for k in (500, 5000, 50_000)]
+GROWTH += [("784-400-50", 500, n) for n in (1000, 10_000)]
 GROWTH += [(f"784-400-{latent}", 500, 100) for latent in (10, 50, 200)]
 
 
