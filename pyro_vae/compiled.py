@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_vae.graphs import Graph, Untraceable, record_gradients
+from pyro_vae.traces import random_state, set_random_state
 from pyro_vae.watch import Watch
 
 __all__ = ["CompiledELBO", "LossAndGradients"]
@@ -249,7 +250,7 @@ class CompiledELBO(ELBO):
             what = next((w for w in (plan.watch.changed() for plan in reversed(plans)) if w), "a parameter")
             return self._refuse(key, f"{what} is another in each call; try a tensor, or an argument of the model")
         store = pyro.get_param_store()
-        state, known = _random_state(), set(store.keys())
+        state, known = random_state(), set(store.keys())
         positions = [isinstance(leaf, (Tensor, float)) for leaf in call.leaves]
 
         def run(*inputs: Tensor) -> list[Tensor]:
@@ -266,10 +267,10 @@ class CompiledELBO(ELBO):
         try:
             results, gradients, graph = record_gradients(run, *inputs[:-1], weight=inputs[-1])
         except Untraceable as error:
-            _set_random_state(state)
+            set_random_state(state)
             return self._refuse(key, str(error))
         if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there
-            _set_random_state(state)
+            set_random_state(state)
             return None
         watch = Watch(model, guide, self.elbo, *call.static)
         plans.append(_Plan(graph, watch, stored, call.static))
@@ -298,13 +299,3 @@ class _Differentiable(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(grad * g for g in ctx.gradients)
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

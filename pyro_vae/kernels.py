@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from pyro_vae.graphs import Graph, Untraceable, record
 from pyro_vae.particles import ParticleSampler
+from pyro_vae.traces import random_state, set_random_state
 
 __all__ = ["CompiledLogWeight", "compiled_log_weight"]
 
@@ -79,12 +80,12 @@ class CompiledLogWeight:
             with layout.using(tuple(replaced[: len(args)]), dict(zip(kwargs, replaced[len(args) :], strict=True))):
                 return [self.sampler.log_weight(num_particles, rows, check=False)]
 
-        state = torch.get_rng_state()
+        state = random_state()
         try:
             (value,), _, graph = record(log_weight, *tensors)
         except Untraceable as error:
             warnings.warn(f"Pyro runs as it is, not compiled: {error}. compile=False says so beforehand.", stacklevel=6)
-            torch.set_rng_state(state)
+            set_random_state(state)
             self._refused = True
             return self.sampler.log_weight(num_particles, rows, check=False)
         if self.generate_code:

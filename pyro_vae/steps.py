@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.batches import Batch, Batches
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.pairs import Pair, diagnosis
+from pyro_vae.traces import random_state, set_random_state
 from pyro_vae.whole_step import WholeStep
 
 __all__ = ["Steps"]
@@ -56,7 +57,7 @@ class Steps:
         self._deferred = bool(skips) and pair.device.type == "cuda"
         self._stopped = torch.zeros((), dtype=torch.bool, device=pair.device)
         self._finite = torch.zeros((), dtype=torch.long, device=pair.device)
-        self._epoch: list[tuple[tuple[Tensor, ...], Batch]] = []
+        self._epoch: list[tuple[tuple[Tensor, list[Tensor]], Batch]] = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns the loss per data point, 0-dim, where the batch is.
@@ -64,7 +65,7 @@ class Steps:
         Raises:
             ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
         """
-        state, size = _random_state(self.pair.device), self.pair.data_points(batch)
+        state, size = random_state(), self.pair.data_points(batch)
         inputs = self._find_whole_step(batch)
         if inputs is not None:
             value, norm = self._whole(self._stopped, *inputs)
@@ -101,13 +102,13 @@ class Steps:
             state, batch = self._epoch[int(self._finite)]
             batch = self.batches.at(batch.rows)
             with torch.random.fork_rng():
-                _set_random_state(state, self.pair.device)
+                set_random_state(state)
                 value, norm = self._gradients(batch)
             self._fail(batch, state, value, norm)
         self._finite.zero_()
         self._epoch.clear()
 
-    def _look(self, batch: Batch, state: tuple[Tensor, ...], value: Tensor, norm: Tensor) -> None:
+    def _look(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
         """Stops on what is not finite; later, if the device would have to be waited for."""
         if self._deferred:
             self._finite += ~self._stopped
@@ -166,19 +167,9 @@ class Steps:
                         p.grad /= size
         return value, torch.nn.utils.get_total_norm([p.grad for p in pair.parameters if p.grad is not None])
 
-    def _fail(self, batch: Batch, state: tuple[Tensor, ...], value: Tensor, norm: Tensor) -> None:
+    def _fail(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
         self.pair.recover()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng():
-            _set_random_state(state, self.pair.device)
+            set_random_state(state)
             raise ValueError(diagnosis(self.pair, batch, self.count, value, norm))
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
-
-
-def _set_random_state(state: tuple[Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], device)

@@ -23,7 +23,9 @@ __all__ = [
     "StopAfter",
     "evaluation_mode",
     "plate_frames",
+    "random_state",
     "sample_sites",
+    "set_random_state",
     "site_log_prob",
     "sum_product",
     "unobserved",
@@ -50,6 +52,18 @@ def evaluation_mode() -> Iterator[None]:
         handle.remove()
         for module in changed:
             module.training = True
+
+
+def random_state() -> tuple[Tensor, list[Tensor]]:
+    """Of torch's generators, on the CPU and on CUDA where that is in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    """Back to what `random_state` returned."""
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
