@@ -118,11 +118,11 @@ def mixture_weights(
             u, given = given, None
         else:
             # the index of a draw, spread over all K so that each chunk gets its share of every component
-            index = torch.arange(drawn, drawn + count, device=counts.device) * _coprime(total) % total
+            index = (torch.arange(drawn, drawn + count, device=counts.device) * _coprime(total) % total).unsqueeze(-1)
             drawn += count
-            if exact is not None:
-                index = torch.randint(total, (count,), device=counts.device)
-            label = (index[:, None, None] >= bounds.T).sum(-1)  # (count, N)
+            if exact is not None:  # each point by itself: a chance shared by all would not average out over them
+                index = torch.randint(total, (count, counts.shape[1]), device=counts.device)
+            label = (index.unsqueeze(-1) >= bounds.T).sum(-1)  # (count, N)
             u = proposals[0].draw(count)
             for i, q in enumerate(proposals[1:], 1):
                 u = torch.where((label == i).unsqueeze(-1), q.draw(count), u)
