@@ -260,10 +260,11 @@ def test_a_defensive_mixture_bounds_the_weights():
     truth = LinearGaussian(2, 3, noise=1.5)
     x = truth.sample(50)
     plain, defended = (
-        importance_sampling(truth.model, lambda x: truth.guide(x, 0.3), x, defensive=share) for share in (0.0, 0.2)
+        importance_sampling(truth.model, lambda x: truth.guide(x, 0.3), x, num_particles=40_000, defensive=share)
+        for share in (0.0, 0.2)
     )
     assert plain.doubtful.float().mean() > 0.9
-    assert defended.doubtful.float().mean() < 0.05  # bounded weights; k-hat itself has an error of about 0.1
+    assert not defended.doubtful.any()
     z = (defended.log_evidence - truth.log_evidence(x)) / defended.standard_error
     assert 0.5 < z.abs().max() < 5
     with pytest.raises(ValueError, match=r"defensive: expected a share of the particles in \[0, 1\), got 1"):
