@@ -11,29 +11,26 @@ diagonal for one and full for the other. On test images, with weights w = p(x, z
 effective sample size and Pareto k-hat of the weights say how far to trust the last. Figures (PNG), the weights of both
 models and posterior draws for some test images (netCDF, for ArviZ) go to the folder --output.
 
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017) is read from where Debian's package dataset-fashion-mnist puts it, or from
---data. Pixels are binarised at x/255 >= 0.5 as in Cremer, Li & Duvenaud (2018), *Inference Suboptimality in Variational
+Fashion-MNIST is read from where Debian's package dataset-fashion-mnist puts it, or from --data. Pixels are binarised at
+x/255 >= 0.5 as in Cremer, Li & Duvenaud (2018), *Inference Suboptimality in Variational
 Autoencoders*. Without it, the 8×8 digits of scikit-learn stand in.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import sys
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import matplotlib
-import numpy as np
 import pyro
 import torch
+from images import DEBIAN_FOLDER, load_digits, load_fashion_mnist
 from matplotlib import pyplot as plt
-from sklearn import datasets
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,9 +44,6 @@ from pyro_vae.distributions import (
 )
 from pyro_vae.networks import MLP
 from pyro_vae.plots import plot_embedding, plot_images, plot_khat, plot_training
-
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 def main() -> None:
@@ -225,31 +219,16 @@ class Data(NamedTuple):
 def load_data(folder: Path) -> Data:
     if folder == DEBIAN_FOLDER and not folder.is_dir():
         print(f"No {folder} (apt-get install dataset-fashion-mnist): using the 8×8 digits of scikit-learn instead.")
-        digits = datasets.load_digits()
-        x, classes = torch.from_numpy(digits.images >= 8).float(), torch.from_numpy(digits.target)  # pixels are 0 … 16
-        return Data("digits", x[:1350], x[1350:1500], x[1500:], classes[1500:], tuple("0123456789"), num_epochs=200)
-
-    files = [folder / f"{name}-ubyte.gz" for name in ("train-images-idx3", "t10k-images-idx3", "t10k-labels-idx1")]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        fail(f"no Fashion-MNIST in {folder}: missing {', '.join(missing)}")
-    train, test, classes = map(read_idx, files)
-    if train[0].shape != test[0].shape or classes.shape != test.shape[:1] or classes.max() >= len(CLASSES):
-        fail(f"no Fashion-MNIST in {folder}: images and labels do not fit")
-    train, test = ((x >= 128).float() for x in (train, test))  # x/255 >= 0.5
-    held_out = len(train) // 12  # 5000 of 60000
-    return Data("Fashion-MNIST", train[:-held_out], train[-held_out:], test, classes, CLASSES, num_epochs=10)
-
-
-def read_idx(file: Path) -> Tensor:
-    """Bytes in idx format: 0, 0, 8 (for uint8), the number of dimensions; their sizes as big-endian int32; values."""
-    try:
-        content = gzip.decompress(file.read_bytes())
-        sizes = np.frombuffer(content, dtype=">i4", offset=4, count=content[3])
-        values = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * len(sizes))
-        return torch.from_numpy(values.reshape(sizes).copy())
-    except (OSError, EOFError, zlib.error, ValueError, IndexError):
-        fail(f"cannot read {file}: corrupt, or no gzipped idx file")
+        images, held_out, num_epochs = load_digits(), 150, 200
+    else:
+        try:
+            images, num_epochs = load_fashion_mnist(folder), 10
+        except ValueError as error:
+            fail(str(error))
+        held_out = len(images.train) // 12  # 5000 of 60000
+    train, test = ((x >= 0.5).float() for x in (images.train, images.test))
+    labels = images.test_classes, images.class_names
+    return Data(images.name, train[:-held_out], train[-held_out:], test, *labels, num_epochs)
 
 
 def parse_options() -> argparse.Namespace:

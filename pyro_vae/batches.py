@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,11 +98,12 @@ class Batches:
             for rows in torch.randperm(self.num_rows, device=device).split(self.batch_size):
                 yield self.at(rows)
 
-    def check(self) -> None:
-        """Raises ValueError for rows that are not finite; those of a DataLoader cannot be looked at beforehand."""
+    def check(self, incomplete: Container[int] = ()) -> None:
+        """Raises ValueError for rows that are not finite; those of a DataLoader cannot be looked at beforehand.
+        `incomplete` are the columns in which NaN stands for a missing value."""
         for start in range(0, self.num_rows if self.columns else 0, 8192):
-            stop = min(start + 8192, self.num_rows)
-            check_rows([_tensor(c[start:stop]) for c in self.columns], start=start)
+            rows = [_tensor(c[start : min(start + 8192, self.num_rows)]) for c in self.columns]
+            check_rows(rows, start=start, incomplete=[x for i, x in enumerate(rows) if i in incomplete])
 
     def check_column(self, column: int, name: str, site: dict) -> None:
         """Raises ValueError for rows of a column outside the support of the trace's site that observes it."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["load_weights", "save_weights"]
+__all__ = ["load_weights", "save_weights", "write"]
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:
@@ -31,8 +31,12 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
         >>> bool((first.weight == second.weight).all())
         True
     """
+    write({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}, path)
+
+
+def write(state: Any, path: str | Path) -> None:
+    """Writes plain tensors, numbers, lists and dicts for `torch.load(path, weights_only=True)`, atomically."""
     path = Path(path)
-    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:

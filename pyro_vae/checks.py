@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -9,25 +10,33 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["check_rows", "check_support"]
+__all__ = ["check_rows", "check_support", "ignores_missing"]
 
 
-def check_rows(data: Any, *, start: int = 0) -> None:
+def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) -> None:
     """Raises ValueError if a floating tensor in `data` (nested tuples and dicts) has a row that is not finite.
 
-    `start` is the index of the first row, for the message.
+    `start` is the index of the first row, for the message; `incomplete` are tensors in which NaN stands for a missing
+    value.
     """
     values = data.values() if isinstance(data, dict) else data if isinstance(data, (tuple, list)) else [data]
     for i, x in enumerate(values):
         if isinstance(x, (tuple, list, dict)):
-            check_rows(x, start=start)
+            check_rows(x, start=start, incomplete=incomplete)
         elif isinstance(x, Tensor) and x.is_floating_point() and x.dim() and not torch.isfinite(x.sum()):
-            bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1)
+            may_miss = any(x is y for y in incomplete)
+            bad = (x.isinf() if may_miss else ~torch.isfinite(x)).reshape(len(x), -1).any(1)
             if bad.any():
                 raise ValueError(
-                    f"argument {i}: {int(bad.sum())} of {len(x)} rows are NaN or infinite, the first at row "
-                    f"{start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to fill them in."
+                    f"argument {i}: {int(bad.sum())} of {len(x)} rows are {'' if may_miss else 'NaN or '}infinite, the "
+                    f"first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
+                    "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
                 )
+
+
+def ignores_missing(site: dict) -> bool:
+    """Whether NaN in the observed value of a trace's site stands for a missing element, as with `ObservedPart`."""
+    return getattr(site["fn"], "ignores_missing", False)
 
 
 def check_support(name: str, site: dict, start: int = 0) -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,6 +138,7 @@ class CompiledELBO(ELBO):
         self._met: set[tuple] = set()  # pairs that ran once, so that their parameters are there
         self._recorded: dict[tuple, int] = {}  # how often, without a replay since
         self._refused: set[tuple] = set()
+        self._steps = count()
 
     def __getattr__(self, name: str) -> Any:
         if name == "elbo":  # not there yet
@@ -149,6 +151,8 @@ class CompiledELBO(ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss; adds its gradients to the parameters'. Passes the parameters by, as `pyro.infer.SVI` expects."""
+        if hasattr(self.elbo, "set_step"):  # a schedule moves between recordings, not in them
+            self.elbo.set_step(next(self._steps))
         found = self._replay(model, guide, args, kwargs)
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)

@@ -2,9 +2,9 @@ r"""Gaussians: the one with full covariance that is sound in float32, and the KL
 
     KL(N₁‖N₂) = ½ [log(|Σ₂|/|Σ₁|) − d + tr(Σ₂⁻¹Σ₁) + (μ₂−μ₁)ᵀ Σ₂⁻¹ (μ₂−μ₁)],
 
-not symmetric, never negative, registered for `torch.distributions.kl_divergence` between diagonal and full Gaussians
-over events of any shape. Pyro and torch leave some of these pairs out (full against independent, which is q(z|x)
-against N(0, I)), where `pyro.infer.TraceMeanField_ELBO` then silently falls back to sampling.
+not symmetric, never negative, registered for `torch.distributions.kl_divergence` between diagonal, low-rank and full
+Gaussians over events of any shape. Pyro and torch leave some of these pairs out (full against independent, which is
+q(z|x) against N(0, I)), where `pyro.infer.TraceMeanField_ELBO` then silently falls back to sampling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Independent, constraints, register_kl
+from torch.distributions import Independent, LowRankMultivariateNormal, constraints, register_kl
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 from torch.distributions.utils import lazy_property
 
@@ -167,6 +167,8 @@ def _gaussian(p: Any) -> tuple[Tensor, Tensor, bool]:
     """Location (*batch, d), scale (*batch, d) or triangle (*batch, d, d), and whether it is the triangle."""
     if isinstance(p, TorchMultivariateNormal):
         return p.loc, p._unbroadcasted_scale_tril, True
+    if isinstance(p, LowRankMultivariateNormal):
+        return p.loc, p.scale_tril, True
     if isinstance(p, Independent) and isinstance(p.base_dist, torch.distributions.Normal):
         batch = len(p.batch_shape)
         return p.base_dist.loc.flatten(batch), p.base_dist.scale.flatten(batch), False
@@ -176,6 +178,8 @@ def _gaussian(p: Any) -> tuple[Tensor, Tensor, bool]:
 @register_kl(TorchMultivariateNormal, Independent)
 @register_kl(MultivariateNormal, Independent)
 @register_kl(Independent, MultivariateNormal)
+@register_kl(LowRankMultivariateNormal, Independent)
+@register_kl(Independent, LowRankMultivariateNormal)
 @register_kl(MultivariateNormal, MultivariateNormal)
 @register_kl(MultivariateNormal, TorchMultivariateNormal)
 @register_kl(TorchMultivariateNormal, MultivariateNormal)

@@ -3,7 +3,7 @@
 Each maps rows of inputs to rows of features, and says how wide these are (`out_features`, an int for a
 vector or a shape (channels, height, width) for a feature map), so that the head of a conditional
 distribution (`pyro_vae.distributions`) knows what it gets. Nothing here is special: every `nn.Module`
-serves as a network; these are the three that nearly everybody writes.
+serves as a network; these are those that nearly everybody writes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "ConvDecoder", "ConvEncoder"]
+__all__ = ["MLP", "ConvDecoder", "ConvEncoder", "MaskedInput"]
 
 
 class MLP(nn.Module):
@@ -148,6 +148,34 @@ class ConvDecoder(nn.Module):
         _check_shape("ConvDecoder", z, self.in_shape)
         z = self.dense(_concatenate(z, context, self.context_size))
         return self.convolutions(z.unflatten(-1, self._smallest))
+
+
+class MaskedInput(nn.Module):
+    """A network that sees which elements of its input are missing (NaN): zeros in their place, and the mask.
+
+    The mask, one where there is a value, is joined to the values along the first dimension of the event: a vector of
+    length D becomes one of 2D, an image of C channels one of 2C.
+
+    Args:
+        network: takes the doubled input (and context).
+
+    Example:
+        >>> net = MaskedInput(MLP(2 * 3, [16]))
+        >>> net(torch.tensor([[1.0, torch.nan, 2.0]])).isfinite().all().item()
+        True
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def out_features(self) -> int | tuple[int, ...]:
+        return self.network.out_features
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        missing = x.isnan()
+        return self.network(torch.cat([x.masked_fill(missing, 0.0), (~missing).to(x.dtype)], dim=1), *context)
 
 
 def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:

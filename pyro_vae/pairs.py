@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -11,9 +12,11 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import Independent, StudentT
 
 from pyro_vae.batches import Batch, Batches
-from pyro_vae.traces import evaluation_mode
+from pyro_vae.checks import ignores_missing
+from pyro_vae.traces import evaluation_mode, sample_sites
 
 __all__ = ["Pair", "diagnosis"]
 
@@ -41,7 +44,12 @@ class Pair:
         try:
             clash = None
             for _ in range(2):  # the first run may settle one: pyro.module(…, update_module_params=True)
-                with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(), _Registrations() as seen:
+                with ExitStack() as stack:
+                    # without Pyro's checks: what is not finite is for `check_rows` to say
+                    for context in (torch.no_grad(), torch.random.fork_rng(), evaluation_mode()):
+                        stack.enter_context(context)
+                    stack.enter_context(pyro.validation_enabled(False))
+                    seen = stack.enter_context(_Registrations())
                     self.traces = self.run(batch)
                 clash = seen.clash
         finally:
@@ -77,12 +85,42 @@ class Pair:
                 p.data = p.data.to(device)
         return self.device
 
-    def check_support(self, batches: Batches) -> None:
-        """Looks at the columns that are observed as they are, before anything is trained."""
-        for name, site in self.traces[1].nodes.items():
-            if site["type"] == "sample" and site["is_observed"]:
-                for column in (i for i, x in enumerate(self.traces[1].nodes["_INPUT"]["args"]) if x is site["value"]):
-                    batches.check_column(column, name, site)
+    def check(self, batches: Batches) -> None:
+        """Looks at all rows, and at the columns that are observed as they are, before anything is trained."""
+        observed = [
+            (column, name, site)
+            for name, site in sample_sites(self.traces[1]).items()
+            for column, x in enumerate(self.traces[1].nodes["_INPUT"]["args"])
+            if site["is_observed"] and x is site["value"]
+        ]
+        batches.check({column for column, _, site in observed if ignores_missing(site)})
+        for column, name, site in observed:
+            batches.check_column(column, name, site)
+
+    def collapsed_scales(self, batch: Batch) -> str | None:
+        """What to say of a Normal likelihood whose scale has shrunk to less than a thousandth of the data's spread."""
+        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(), pyro.validation_enabled(False):
+            sites = sample_sites(self.run(batch)[1])
+        for name, site in sites.items():
+            elements = getattr(site["fn"], "complete", site["fn"])
+            while isinstance(elements, Independent):
+                elements = elements.base_dist
+            if not (site["is_observed"] and isinstance(elements, (torch.distributions.Normal, StudentT))):
+                continue
+            values = site["value"][torch.isfinite(site["value"])]
+            if len(values) < 2:
+                continue
+            spread = values.std()
+            small = elements.scale < 1e-3 * spread
+            if small.any():
+                return (
+                    f"the scale of site {name!r} has collapsed: {small.float().mean():.1%} of it is below a thousandth "
+                    f"of the data's spread ({spread:.3g}), the smallest {elements.scale.min():.2g}. Its density, and "
+                    "with it the ELBO, has no largest value there, so that neither says how good the model is. Try "
+                    "LearnedScale(…) for one scale, smallest=… at the precision of the data, or to leave out columns "
+                    "that are constant."
+                )
+        return None
 
     def state(self) -> list[Tensor]:
         return [*self.parameters, *(b for m in self.modules for b in m.buffers(recurse=False))]
@@ -146,7 +184,7 @@ def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             event_dim = len(site["fn"].event_shape)
             for what, tensor, right in (("value", site["value"], event_dim), ("log-probability", log_prob, 0)):
-                bad = ~torch.isfinite(tensor)
+                bad = tensor.isinf() if ignores_missing(site) else ~torch.isfinite(tensor)
                 if not bad.any():
                     continue
                 axes = [f.dim - right + tensor.dim() for f in site["cond_indep_stack"] if f.name == pair.plate]

@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae.checks import check_rows, check_support
+from pyro_vae.checks import check_rows, check_support, ignores_missing
 from pyro_vae.layout import PARTICLE_PLATE, Layout
 from pyro_vae.traces import SetSubsample, StopAfter, evaluation_mode, sample_sites, site_log_prob, sum_product
 
@@ -175,6 +176,17 @@ class ParticleSampler:
             for rows in self.chunks(1)[0]:
                 self.log_weight(1, rows, check=True)
 
+    def refuse_points(self) -> None:
+        """Raises ValueError for a guide whose draws cannot be weighed."""
+        model_sites = sample_sites(self.layout.model_trace)
+        for name, site in sample_sites(self.layout.guide_trace).items():
+            fn = model_sites.get(name, site)["fn"]
+            if not site["is_observed"] and isinstance(site["fn"], dist.Delta) and not isinstance(fn, dist.Delta):
+                raise ValueError(
+                    f"site {name!r}: the guide is a point (Delta), which has no density to weigh its draws by: no "
+                    "estimate of log p(x) comes out of it. Try a guide with a spread, or prior_sampling."
+                )
+
     # -- drawing ------------------------------------------------------------------------------------------------------
 
     def draw(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Particles:
@@ -245,14 +257,15 @@ class ParticleSampler:
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0
-        if check:
-            check_rows(self.layout.cut(rows), start=start)
         options = {"enumerate_sites": self.layout.summed, "replay": guide_trace}
         model_trace = self.run(self.model, num_particles, rows, **options)
         if check:
-            for name, site in sample_sites(model_trace).items():
-                if site["is_observed"]:
-                    check_support(name, site, start=start)
+            observed = {name: site for name, site in sample_sites(model_trace).items() if site["is_observed"]}
+            incomplete = [site["value"] for site in observed.values() if ignores_missing(site)]
+            check_rows(model_trace.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
+            check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
+            for name, site in observed.items():
+                check_support(name, site, start=start)
         return model_trace
 
     # -- weighing -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ is imported when the first figure is drawn: the package does without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,15 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_embedding", "plot_images", "plot_khat", "plot_training"]
+__all__ = [
+    "plot_embedding",
+    "plot_images",
+    "plot_interpolation",
+    "plot_khat",
+    "plot_latent_usage",
+    "plot_training",
+    "plot_traversal",
+]
 
 
 def plot_training(
@@ -111,6 +119,103 @@ def plot_images(
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.spines[:].set_visible(False)
     return ax
+
+
+def plot_traversal(
+    decode: Callable[[Any], Any],
+    z: Any,
+    *,
+    dimensions: Sequence[int] | None = None,
+    steps: Sequence[float] = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0),
+    row_labels: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    **options: Any,
+) -> Axes:
+    """What each latent dimension does: images of z with one dimension at a time moved, a row for each.
+
+    Args:
+        decode: maps a tensor of codes (rows, columns, D) to images (rows, columns, height, width), such as
+            `lambda z: vae.decode(z).mean`.
+        z: where the walks meet, a tensor (D,), such as the posterior mean of an image.
+        dimensions: which to move; default: all.
+        steps: by how much.
+        row_labels: a text for each dimension; default: its number, from 1.
+        ax: where to draw; default: a new figure.
+        **options: of `plot_images`.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import torch
+        >>> ax = plot_traversal(lambda z: z[..., None, :].expand(*z.shape[:-1], 4, -1), torch.zeros(3))
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['$z_{1}$', '$z_{2}$', '$z_{3}$']
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    dimensions = range(len(z)) if dimensions is None else dimensions
+    codes = z.repeat(len(dimensions), len(steps), 1)
+    for row, dimension in enumerate(dimensions):
+        codes[row, :, dimension] += codes.new_tensor(steps)
+    labels = [f"$z_{{{d + 1}}}$" for d in dimensions] if row_labels is None else row_labels
+    columns = ["0" if s == 0 else f"{s:+g}".replace("-", "−") for s in steps]
+    return plot_images(decode(codes), row_labels=labels, column_labels=columns, ax=ax, **options)
+
+
+def plot_interpolation(
+    decode: Callable[[Any], Any], start: Any, stop: Any, *, num: int = 9, ax: Axes | None = None, **options: Any
+) -> Axes:
+    """Images on straight lines in latent space from `start` to `stop`, a row for each line.
+
+    Args:
+        decode: as for `plot_traversal`.
+        start: codes, a tensor (rows, D).
+        stop: codes, a tensor (rows, D).
+        num: images in a row, both ends included.
+        ax: where to draw; default: a new figure.
+        **options: of `plot_images`.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import torch
+        >>> ax = plot_interpolation(lambda z: z[..., None], torch.zeros(2, 3), torch.ones(2, 3), num=5)
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    share = start.new_tensor(np.linspace(0.0, 1.0, num)).reshape(1, num, 1)
+    return plot_images(decode(start.unsqueeze(1) * (1 - share) + stop.unsqueeze(1) * share), ax=ax, **options)
+
+
+def plot_latent_usage(kl: Any, active: Any, *, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """KL(q‖p) of each latent dimension, the largest first; those that are not active in grey.
+
+    Args:
+        kl: (D,), nats, as `LatentUsage.kl`.
+        active: (D,), as `LatentUsage.active`.
+        label: what the title starts with.
+        ax: where to draw; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> ax = plot_latent_usage([0.0, 2.1, 0.7], [False, True, True], label="beta = 1")
+        >>> ax.get_title()
+        'beta = 1: 2 of 3 active, 2.80 nats'
+        >>> from matplotlib import pyplot
+        >>> pyplot.close(ax.figure)
+    """
+    kl, active = _array(kl).astype(float), _array(active).astype(bool)
+    order = np.argsort(-kl)
+    ax = _axes(ax)
+    ax.bar(np.arange(len(kl)), kl[order], color=np.where(active[order], "tab:blue", "0.7"))
+    title = f"{int(active.sum())} of {len(active)} active, {kl.sum():.2f} nats"
+    ax.set(xlabel="latent dimension, sorted", ylabel="KL(q‖p) (nats)", title=f"{label}: {title}" if label else title)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return _lean(ax)
 
 
 def plot_embedding(

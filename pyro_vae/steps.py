@@ -49,6 +49,8 @@ class Steps:
         self.pair, self.batches, self.elbo, self.optimizer = pair, batches, elbo, optimizer
         self.clip_norm, self.compiled = clip_norm, compiled
         self.count = 0
+        objectives = [elbo] if compiled is None else [elbo, compiled.elbo]
+        self._scheduled = [e for e in objectives if hasattr(e, "set_step")]
         self._own = {id(p) for p in pair.parameters}
         self._weights: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
@@ -65,6 +67,8 @@ class Steps:
         Raises:
             ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
         """
+        for elbo in self._scheduled:
+            elbo.set_step(self.count)
         state, size = random_state(), self.pair.data_points(batch)
         inputs = self._find_whole_step(batch)
         if inputs is not None:

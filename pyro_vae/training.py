@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -24,6 +26,7 @@ from pyro_vae.batches import Batches
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.pairs import Pair
 from pyro_vae.progress import progress_bar
+from pyro_vae.resume import Resumable
 from pyro_vae.steps import Steps
 from pyro_vae.traces import evaluation_mode
 
@@ -46,6 +49,10 @@ class FitResult:
     num_steps: int = 0
     best_epoch: int | None = None
 
+    def _stalled(self, patience: int | None) -> bool:
+        """Whether the last `patience` epochs brought no lower validation loss."""
+        return patience is not None and self.best_epoch is not None and len(self.loss) > self.best_epoch + patience
+
 
 def fit(
     model: Callable,
@@ -65,6 +72,7 @@ def fit(
     seed: int | None = None,
     device: str | torch.device | None = None,
     compile: bool | str = "auto",
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains a Pyro model and guide by stochastic variational inference, in epochs of mini-batches.
@@ -94,6 +102,10 @@ def fit(
         compile: whether steps are compiled (`CompiledELBO`): True, False, or "auto": Pyro as it is for less than 300
             steps, its operations recorded and replayed for less than 3000, beyond that through generated code, which
             takes seconds to make. A pair that cannot be compiled runs as it is, with a warning.
+        checkpoint: a file that everything needed to go on is written to after epochs, atomically and at most every ten
+            seconds: weights, optimizer, scheduler, random state, losses, the best weights. Where the file exists, the
+            run goes on from it, on the same random numbers: the same call, started again, ends where an uninterrupted
+            one would (to the rounding of compiled code).
         progress: show a progress bar, if on a terminal.
 
     Returns:
@@ -104,6 +116,10 @@ def fit(
             modules under one name in Pyro's parameter store, a loss that is not finite (the message names step, site
             and row; the last finite weights stay in place).
         TypeError: arguments of the wrong type or dtype.
+
+    Warns:
+        UserWarning: a learned scale of a likelihood that has collapsed; an objective that ends at a weight of the KL
+            term other than one.
 
     Example:
         >>> from pyro_vae import VAE
@@ -124,12 +140,11 @@ def fit(
         validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
         pair = Pair(model, guide, plate)
         everything = [batches] if validation is None else [batches, validation]
-        for rows in everything:
-            rows.check()
-        pair.look(next(iter(batches.to(pair.device))))
+        first = next(iter(batches.to(pair.device)))
+        pair.look(first)
         for rows in everything:
             rows.to(pair.move(device))
-            pair.check_support(rows)
+            pair.check(rows)
         compiled = loss if isinstance(loss, CompiledELBO) else None
         elbo = copy.copy(compiled.elbo if compiled else Trace_ELBO() if loss is None else loss)
         optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
@@ -137,8 +152,12 @@ def fit(
         schedule = None if scheduler is None else scheduler(optim)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         bar = stack.enter_context(progress_bar(total, "", progress, unit="row", leave=True))
-        best: list[Tensor] | None = None
-        for epoch in range(num_epochs):
+        state = Resumable(checkpoint, pair, steps, optim, schedule, vars(result))
+        state.resume()
+        bar.update(len(result.loss) * (batches.num_rows or 0))
+        for epoch in range(len(result.loss), num_epochs):
+            if result._stalled(patience):
+                break
             bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
             pair.remember()
             total, rows = torch.zeros((), dtype=torch.float64, device=pair.device), 0
@@ -155,17 +174,26 @@ def fit(
                 note += f", validation {result.validation_loss[-1]:.3f}"
                 if result.best_epoch is None or result.validation_loss[-1] < result.validation_loss[result.best_epoch]:
                     result.best_epoch = epoch
-                    best = None if patience is None else pair.state_copy()
+                    state.best = None if patience is None else pair.state_copy()
             bar.set_postfix_str(f"{note} nats/row")
             if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 schedule.step((result.validation_loss or result.loss)[-1])
             elif schedule is not None:
                 schedule.step()
-            if patience is not None and epoch - result.best_epoch >= patience:
-                break
-        if best is not None:
-            pair.restore(best)
+            state.write(last=epoch == num_epochs - 1 or result._stalled(patience))
+        if state.best is not None:
+            pair.restore(state.best)
         optim.zero_grad(set_to_none=True)
+        beta = getattr(elbo, "beta", 1.0)
+        if beta != 1.0:
+            warnings.warn(
+                f"fit ended at beta = {beta:.4g}: its losses are no bound of log p(x). Validation losses and evidence "
+                "are those of beta = 1.",
+                stacklevel=2,
+            )
+        collapsed = pair.collapsed_scales(first)
+        if collapsed:
+            warnings.warn(f"fit: {collapsed}", stacklevel=2)
     return result
 
 

@@ -19,7 +19,7 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_vae.checks import check_support
-from pyro_vae.distributions import condition
+from pyro_vae.conditional import condition, expected_value
 from pyro_vae.traces import evaluation_mode
 
 __all__ = ["VAE"]
@@ -143,7 +143,7 @@ class VAE(nn.Module):
             x: (N, *event).
             *context: c, each (N, *event).
             mean: E[x'|z] at z = E_q[z] instead of draws of z and x'; where a distribution has no mean in closed form (a
-                flow), a draw of it.
+                flow), a draw of it; of categories, the most probable.
 
         Returns:
             (N, *event).
@@ -155,6 +155,28 @@ class VAE(nn.Module):
             return _value(self.decode(z, *c), mean)
 
         return _in_chunks(rows, len(x))
+
+    def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
+        """Data like x: for each row, draws z_1, …, z_size ~ q(z|x, c), and x' ~ p(x|z_s, c) for each.
+
+        Args:
+            x: (N, *event).
+            *context: c, each (N, *event).
+            size: draws for each row.
+            mean: E[x'|z_s] instead of draws of x': what differs then is the code alone.
+
+        Returns:
+            (size, N, *event).
+        """
+
+        def rows(start: int, stop: int) -> Tensor:
+            c = [c[start:stop] for c in context]
+            q_z = self.encode(x[start:stop], *c)
+            return torch.stack([_value(self.decode(q_z.sample(), *c), mean) for _ in range(size)], 1)
+
+        if size < 1:
+            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
+        return _in_chunks(rows, len(x)).movedim(1, 0)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -232,12 +254,8 @@ class _Conditioned(nn.Module):
 
 
 def _value(distribution: Any, mean: bool) -> Tensor:
-    if mean:
-        try:
-            return distribution.mean
-        except NotImplementedError:
-            pass
-    return distribution.sample()
+    value = expected_value(distribution) if mean else None
+    return distribution.sample() if value is None else value
 
 
 def _in_chunks(rows: Callable[[int, int], Tensor], size: int) -> Tensor:

@@ -9,22 +9,22 @@ benchmarks of evidence. The images come from Debian's package dataset-fashion-mn
 from __future__ import annotations
 
 import argparse
-import gzip
+import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae import VAE, fit
+from pyro_vae.beta import BetaELBO, linear
 from pyro_vae.checkpoint import load_weights, save_weights
 from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
 
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+sys.path.append(str(Path(__file__).parents[1]))
+from images import DEBIAN_FOLDER, load_fashion_mnist
+
 OUTPUT = Path("benchmark_output")
 
 
@@ -38,38 +38,29 @@ def build_vae(latent_size: int = 50) -> VAE:
 
 def load_images(folder: Path = DEBIAN_FOLDER) -> tuple[Tensor, Tensor]:
     """Training and test images, binarised at x/255 >= 0.5, (60000, 28, 28) and (10000, 28, 28)."""
-    names = ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz")
-    if not all((folder / name).is_file() for name in names):
-        raise SystemExit(f"no Fashion-MNIST in {folder}. Try apt-get install dataset-fashion-mnist, or --data DIR.")
-    content = [np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8, offset=16) for name in names]
-    train, test = (torch.from_numpy(c.reshape(-1, 28, 28) >= 128).float() for c in content)
-    return train, test
-
-
-class LatentScale(Messenger):
-    """Multiplies the terms of the latent sites of a model or guide in an ELBO: β of the KL, for its warm-up."""
-
-    def __init__(self, beta: float = 1.0) -> None:
-        super().__init__()
-        self.beta = beta
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.beta
+    try:
+        images = load_fashion_mnist(folder)
+    except ValueError as error:
+        raise SystemExit(f"{error}. Try apt-get install dataset-fashion-mnist, or --data DIR.") from None
+    return (images.train >= 0.5).float(), (images.test >= 0.5).float()
 
 
 def train_vae(train: Tensor, num_epochs: int, *, learning_rate: float = 1e-3, seed: int = 0) -> VAE:
     pyro.set_rng_seed(seed)
     vae = build_vae()
-    optim = torch.optim.Adam(vae.parameters(), lr=learning_rate, eps=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_epochs, eta_min=learning_rate / 10)
-    warm_up = LatentScale()
-    model, guide = warm_up(vae.model), warm_up(vae.guide)
-    for epoch in range(num_epochs):
-        warm_up.beta = min(1.0, (epoch + 1) / max(1, num_epochs // 10))
-        result = fit(model, guide, train, num_epochs=1, batch_size=100, optimizer=lambda _: optim, progress=False)
-        schedule.step()
-        print(f"epoch {epoch + 1}/{num_epochs}: beta {warm_up.beta:.2f}, loss {result.loss[0]:.3f}", flush=True)
+    steps = -(-len(train) // 100)  # in an epoch
+    result = fit(
+        vae.model,
+        vae.guide,
+        train,
+        num_epochs=num_epochs,
+        batch_size=100,
+        loss=BetaELBO(linear(steps * max(1, num_epochs // 10))),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=learning_rate, eps=1e-4, fused=True),
+        scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_epochs, learning_rate / 10),
+        seed=seed,
+    )
+    print(f"loss {result.loss[-1]:.3f} nats per image after {num_epochs} epochs")
     return vae
 
 

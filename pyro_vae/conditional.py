@@ -1,0 +1,273 @@
+r"""Conditional distributions: what goes into a model, whatever it is made of.
+
+A model and its amortized posterior are two factorisations of one coupling, p(z) p(x|z) and q(z|x), so the same classes
+serve as prior, likelihood and posterior. `condition` calls anything that returns a distribution; `Conditional` is what
+the families of `pyro_vae.distributions` have in common: a network, which maps rows of inputs to features, and a head,
+which maps features linearly to the parameters of a Pyro distribution,
+
+    features = network(inputs),   parameters = W features + b,   distribution = family(parameters).
+
+Without a network the parameters are learned as they are, and the distribution depends on nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import expm1, log, prod
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.distribution import Distribution as PyroDistribution
+from torch import Size, Tensor, nn
+from torch.distributions import Independent, constraints
+
+__all__ = ["SMALLEST_SCALE", "Broadcasting", "Conditional", "condition", "event_shape_of", "expected_value", "positive"]
+
+SMALLEST_SCALE = 1e-5
+
+
+def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
+    """The distribution of `conditional` given `inputs`, whatever kind of conditional distribution it is.
+
+    Args:
+        conditional: a family of this package, a `pyro.distributions.ConditionalDistribution` (its `condition` is
+            called), a distribution (returned as it is), or any callable that returns one: a module, a function, a Zuko
+            flow.
+        inputs: what to condition on.
+        event_dims: number of event dimensions of each input (those right of its batch dimensions).
+        role: how error messages call it.
+
+    Returns:
+        A Pyro distribution; one of torch or Zuko is wrapped into one.
+
+    Raises:
+        TypeError: `conditional` is not callable, or does not return a distribution.
+
+    Example:
+        >>> condition(lambda z: torch.distributions.Normal(z, 1.0), torch.zeros(3)).sample().shape
+        torch.Size([3])
+    """
+    if isinstance(conditional, (PyroDistribution, torch.distributions.Distribution)):
+        result = conditional
+    elif isinstance(conditional, dist.ConditionalDistribution):
+        result = conditional.condition(*inputs)
+    elif isinstance(conditional, Broadcasting):
+        result = conditional(*inputs, event_dims=event_dims)
+    elif callable(conditional):
+        result = conditional(*inputs)
+    else:
+        raise TypeError(f"{role}: expected a distribution or a callable that returns one, got {conditional!r}.")
+    if isinstance(result, PyroDistribution):
+        return result
+    if isinstance(result, torch.distributions.Distribution):
+        return Adapted(result)
+    raise TypeError(
+        f"{role}: expected a distribution, got {type(result).__name__} from {type(conditional).__name__}. "
+        "Try to return dist.Normal(loc, scale).to_event(1), or wrap the network: ConditionalNormal(network, size)."
+    )
+
+
+class Broadcasting(nn.Module, ABC):
+    """Abstract: a conditional distribution that is told which dimensions of its inputs are those of events, and takes
+    everything left of them as batch, under any number of plates and particles."""
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        """The distribution of y given `inputs`, each (*batch, *event); `event_dims` counts the event dimensions of
+        each (default: one). Batch shapes broadcast.
+        """
+
+    @staticmethod
+    def rows(inputs: Sequence[Tensor], event_dims: Sequence[int] | None) -> tuple[Size, list[Tensor]]:
+        """The batch shape of inputs, and these with the batch flattened, (B, *event)."""
+        dims = [1] * len(inputs) if event_dims is None else event_dims
+        batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
+        rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
+        return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]
+
+
+class Conditional(Broadcasting):
+    """Abstract: a network and a linear head that give the parameters of a distribution of y given inputs.
+
+    A family says which parameters it needs (`parameter_shapes` to the constructor) and how they make a
+    distribution (`distribution`). Everything left of the events is batch: it is flattened before the network and
+    restored after it, so that convolutions and batch norm work under any number of plates and particles.
+
+    Args:
+        network: maps inputs (B, *event) to features (B, features); None: the parameters are learned and depend on
+            nothing, as those of a prior.
+        event_shape: shape of one y.
+        parameter_shapes: shape of each parameter of one y.
+        features: what the network puts out: a width, or (channels, height, width) of a feature map, which the
+            head maps pixel by pixel. Default: `network.out_features`, or that of its last linear layer.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module | None,
+        event_shape: int | Sequence[int],
+        parameter_shapes: Sequence[Sequence[int]],
+        features: int | Sequence[int] | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.event_shape = event_shape_of(event_shape)
+        self._shapes = [tuple(shape) for shape in parameter_shapes]
+        if network is None:
+            self.free = nn.Parameter(torch.zeros(sum(map(prod, self._shapes))))
+            return
+        self.head = _head(_width(network) if features is None else features, self._shapes, type(self).__name__)
+        with torch.no_grad():  # every parameter but the first starts at its neutral value
+            first = self.head.out_channels // len(self._shapes) if self._is_map else prod(self._shapes[0])
+            self.head.weight[first:] = 0.0
+            self.head.bias[first:] = 0.0
+
+    @property
+    def _is_map(self) -> bool:
+        return isinstance(self.head, nn.Conv2d)
+
+    @abstractmethod
+    def distribution(self, *parameters: Tensor) -> Any:
+        """The distribution with these raw (unconstrained) parameters, each (*batch, *shape)."""
+
+    def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        if self.network is None:
+            if inputs:
+                raise ValueError(
+                    f"{type(self).__name__}: expected no inputs, having no network, got {len(inputs)}. Try a network."
+                )
+            parts = self.free.split([prod(shape) for shape in self._shapes])
+            return self.distribution(*(p.reshape(s) for p, s in zip(parts, self._shapes, strict=True)))
+        for x in inputs:
+            self._check(x)
+        batch, rows = self.rows(inputs, event_dims)
+        return self.from_features(self.network(*rows), batch)
+
+    def from_features(self, features: Tensor, batch: Size) -> Any:
+        """The distribution with this batch shape, given what the network made of the flattened rows, (B, features)."""
+        raw = self.head(features)
+        if self._is_map:
+            parts = list(raw.chunk(len(self._shapes), dim=1))
+        else:
+            parts = list(raw.split([prod(shape) for shape in self._shapes], dim=1))
+        return self.distribution(*(p.reshape(*batch, *s) for p, s in zip(parts, self._shapes, strict=True)))
+
+    def keep(self, name: str, value: float | Tensor | nn.Module | None) -> None:
+        """Keeps a positive parameter that need not come from the network: fixed (a number or tensor), learned (a module
+        that is called without arguments), or None, where it does come from the network."""
+        if value is None or isinstance(value, nn.Module):
+            setattr(self, name, value)
+            return
+        value = torch.as_tensor(value, dtype=next(self.parameters()).dtype)
+        if not (value > 0).all():
+            raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}.")
+        self.register_buffer(name, value)
+
+    def kept(self, name: str, raw: Tensor | None, smallest: float = SMALLEST_SCALE) -> Tensor:
+        """What `keep` kept, or what the network says."""
+        value = getattr(self, name)
+        if value is None:
+            return positive(raw, smallest)
+        return value() if isinstance(value, nn.Module) else value
+
+    def _check(self, x: Tensor) -> None:
+        weight = self.head.weight
+        if x.dtype != weight.dtype:
+            raise TypeError(
+                f"{type(self).__name__}: expected inputs of {weight.dtype}, the weights' dtype, got {x.dtype}. "
+                f"Try x.to({weight.dtype}) (and pixels / 255), or the module's .double()."
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"{type(self).__name__}: expected inputs on {weight.device}, where the weights are, got {x.device}. "
+                "Try to move one of them with .to(device)."
+            )
+
+
+class Adapted(dist.TorchDistribution):
+    """A distribution of torch or Zuko as one of Pyro's, with the `support`, `sample` and `rsample` that Pyro's own
+    adapter for Zuko lacks."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base: torch.distributions.Distribution) -> None:
+        self.base = base
+        self.has_rsample = base.has_rsample
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Adapted:
+        return Adapted(self.base.expand(Size(batch_shape)))
+
+    @property
+    def support(self) -> Any:
+        try:
+            support = self.base.support
+        except (AttributeError, NotImplementedError):
+            support = None
+        return constraints.independent(constraints.real, len(self.event_shape)) if support is None else support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base.variance
+
+    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+        return self.base.rsample(sample_shape)
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        with torch.no_grad():
+            return self.base.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base.log_prob(value)
+
+
+def expected_value(distribution: Any) -> Tensor | None:
+    """E[y]; of categories, which have none, the most probable; None where it is not known in closed form."""
+    base = distribution
+    while isinstance(base, Independent):
+        base = base.base_dist
+    try:
+        return base.mode.to(base.logits.dtype) if isinstance(base, dist.Categorical) else distribution.mean
+    except NotImplementedError:
+        return None
+
+
+def event_shape_of(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """An event shape; an int is that of a vector."""
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def positive(raw: Tensor, smallest: float = SMALLEST_SCALE) -> Tensor:
+    """softplus(raw + c) + smallest, with c such that it is one at zero."""
+    return nn.functional.softplus(raw + log(expm1(1.0 - smallest))) + smallest
+
+
+def _width(network: nn.Module) -> int | tuple[int, ...]:
+    """The width of what a network puts out, if it says."""
+    width = getattr(network, "out_features", None)
+    if width is not None:
+        return width
+    for layer in reversed(list(network.children()) if isinstance(network, nn.Sequential) else []):
+        if any(True for _ in layer.parameters()) or hasattr(layer, "out_features"):
+            return _width(layer)
+    raise ValueError(
+        f"cannot tell how many features {type(network).__name__} puts out: it has no attribute `out_features` and does "
+        "not end in a linear layer. Try features=…, a width or (channels, height, width)."
+    )
+
+
+def _head(features: int | Sequence[int], shapes: list[tuple[int, ...]], family: str) -> nn.Linear | nn.Conv2d:
+    if isinstance(features, int):
+        return nn.Linear(features, sum(prod(shape) for shape in shapes))
+    if any(len(shape) != 3 or shape[1:] != tuple(features[1:]) for shape in shapes):
+        raise ValueError(
+            f"{family}: a feature map {tuple(features)} expects an event shape (channels, *{tuple(features[1:])}), "
+            f"got {shapes[0]}. Try nn.Flatten() at the end of the network."
+        )
+    return nn.Conv2d(features[0], sum(shape[0] for shape in shapes), 1)

@@ -1,0 +1,128 @@
+r"""The denoising objective: the guide sees a corrupted x̃ ~ C(x̃|x), the model has to explain the clean x,
+
+    E_{C(x̃|x)} E_{q(z|x̃)} [log p(x|z) + log p(z) − log q(z|x̃)]  ≤  log p(x).
+
+With a point as posterior it is the denoising autoencoder of Vincent et al. (2010), *Stacked Denoising Autoencoders*;
+with any other the denoising VAE of Im et al. (2017), *Denoising Criterion for Variational Auto-Encoding Framework*. It
+is a lower bound of log p(x) like any ELBO, as the mixture of q(z|x̃) over x̃ is a guide.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer import ELBO, Trace_ELBO
+from torch import Tensor
+
+__all__ = ["DenoisingELBO", "gaussian_noise", "masking_noise", "salt_and_pepper_noise"]
+
+Corruption = Callable[[Tensor], Tensor]
+
+
+class DenoisingELBO(ELBO):
+    """Any `pyro.infer.ELBO` with the first argument of the guide corrupted, the model's clean.
+
+    `loss`, which evaluates, corrupts as well: what it reports is the bound with the corrupted guide. Other tools get
+    the guide itself.
+
+    Args:
+        corruption: Tensor → Tensor, at random, of the same shape.
+        elbo: the objective; default `Trace_ELBO()`.
+
+    Example:
+        >>> from pyro_vae import VAE, fit
+        >>> from pyro_vae.distributions import ConditionalNormal, StandardNormal
+        >>> from pyro_vae.networks import MLP
+        >>> vae = VAE(StandardNormal(1), ConditionalNormal(MLP(1, []), 3, scale=1.0), ConditionalNormal(MLP(3, []), 1))
+        >>> x = torch.randn(100, 3)
+        >>> result = fit(vae.model, vae.guide, x, num_epochs=2, loss=DenoisingELBO(masking_noise(0.3)), seed=0)
+    """
+
+    def __init__(self, corruption: Corruption, elbo: ELBO | None = None) -> None:
+        self.elbo = Trace_ELBO() if elbo is None else elbo
+        self.corruption = corruption
+        self._guides: tuple[Callable, Callable] | None = None  # the last guide, and its corrupted version
+
+    def __copy__(self) -> DenoisingELBO:
+        return DenoisingELBO(self.corruption, copy.copy(self.elbo))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "elbo":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.elbo, name)  # num_particles and the like
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """−bound, nats."""
+        return self.elbo.loss(model, self._corrupted(guide), *args, **kwargs)
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """−bound, nats; adds its gradient to the parameters'."""
+        return self.elbo.loss_and_grads(model, self._corrupted(guide), *args, **kwargs)
+
+    @property
+    def differentiable_loss(self) -> Callable[..., Tensor]:
+        """−bound, nats, a tensor whose gradient is that of the estimator; where the ELBO has one."""
+        loss = self.elbo.differentiable_loss
+        return lambda model, guide, *args, **kwargs: loss(model, self._corrupted(guide), *args, **kwargs)
+
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
+        return self.elbo._get_trace(model, self._corrupted(guide), args, kwargs)
+
+    def _corrupted(self, guide: Callable) -> Callable:
+        """The same function for the same guide: objectives remember what they have looked at."""
+        if self._guides is None or self._guides[0] != guide:
+            corruption = self.corruption
+
+            def corrupted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+                return guide(corruption(x), *args, **kwargs)
+
+            self._guides = guide, corrupted
+        return self._guides[1]
+
+
+def gaussian_noise(scale: float) -> Corruption:
+    """x̃ = x + scale · ε, ε ~ N(0, I).
+
+    Example:
+        >>> gaussian_noise(0.5)(torch.zeros(10000)).std().round(decimals=1)
+        tensor(0.5000)
+    """
+    if not scale >= 0:
+        raise ValueError(f"gaussian_noise: expected scale >= 0, got {scale}.")
+    return lambda x: x + scale * torch.randn_like(x)
+
+
+def masking_noise(probability: float, value: float = 0.0) -> Corruption:
+    """Each element is set to `value` with this probability.
+
+    Example:
+        >>> masking_noise(0.3)(torch.ones(10000)).mean().round(decimals=1)
+        tensor(0.7000)
+    """
+    _check(probability, "masking_noise")
+    return lambda x: torch.where(torch.rand_like(x) < probability, value, x)
+
+
+def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:
+    """Each element is set with this probability to one of two values, at a fair coin's toss.
+
+    Example:
+        >>> salt_and_pepper_noise(1.0)(torch.full((3, 4), 0.5)).unique()
+        tensor([0., 1.])
+    """
+    _check(probability, "salt_and_pepper_noise")
+    low, high = values
+
+    def corrupt(x: Tensor) -> Tensor:
+        u = torch.rand_like(x)  # one draw decides both
+        return torch.where(u < probability / 2, low, torch.where(u < probability, high, x))
+
+    return corrupt
+
+
+def _check(probability: float, name: str) -> None:
+    if not 0 <= probability <= 1:
+        raise ValueError(f"{name}: expected a probability, got {probability}.")

@@ -1,0 +1,115 @@
+r"""Flows: a chain of invertible transformations of a simpler distribution,
+
+    z₀ ~ q₀(z₀|x),   z = T_L(··· T_1(z₀; x) ···; x),   log q(z|x) = log q₀(z₀|x) − Σ_l log |det ∂T_l/∂z_{l−1}|,
+
+with triangular Jacobians where the transformations are autoregressive (Rezende & Mohamed 2015, *Variational Inference
+with Normalizing Flows*; Kingma et al. 2016, *Improving Variational Inference with Inverse Autoregressive Flow*). The
+transformations are those of Pyro, torch and Zuko; here is what makes conditional distributions of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Transform
+
+from pyro_vae.conditional import Broadcasting, condition
+
+__all__ = ["ConditionalFlow"]
+
+
+class ConditionalFlow(Broadcasting):
+    r"""y = T_L(··· T_1(y₀)), y₀ from a base distribution: transformations of Pyro, torch and Zuko, mixed as you like.
+
+    A transformation may be a torch or Pyro transform (`pyro.distributions.transforms.spline_coupling(2)`), one of
+    Pyro's conditional ones (`conditional_affine_autoregressive(2, context_dim)`) or a lazy one of Zuko
+    (`zuko.flows.MaskedAutoregressiveTransform(2, context)`); the last two see `network(x)`. Each is applied as it
+    stands from base to y: an autoregressive one is then an inverse autoregressive flow, fast to draw from, its `.inv`
+    a masked autoregressive flow, fast to score any value with. A flow scores its own draws without an inversion,
+    whichever way it runs.
+
+    Args:
+        base: distribution of y₀: a conditional distribution, called with the same inputs, or a distribution.
+        transforms: T_1, …, T_L, over vectors.
+        network: maps inputs (B, *event) to the context of the conditional transformations, (B, width); default: none,
+            they are called without.
+
+    Returns (when called):
+        A distribution with `support`, `rsample` and `log_prob`, and the batch shape of the inputs; its mean is not
+        known.
+
+    Raises:
+        ValueError: a conditional transformation of Pyro without a network to give its context.
+
+    Example:
+        >>> from pyro.distributions.transforms import conditional_affine_autoregressive, spline_coupling
+        >>> from pyro_vae.distributions import ConditionalNormal
+        >>> from pyro_vae.networks import MLP
+        >>> q = ConditionalFlow(
+        ...     ConditionalNormal(MLP(784, [64]), 2),
+        ...     [conditional_affine_autoregressive(2, 16), spline_coupling(2)],
+        ...     network=MLP(784, [16]),
+        ... )
+        >>> q(torch.zeros(5, 784)).rsample().shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, base: Any, transforms: Sequence[Any], *, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.base, self.network = base, network
+        self.transforms = list(transforms)
+        self._modules_of_transforms = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
+        if network is None and any(hasattr(t, "condition") for t in transforms):
+            raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
+
+    def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        fixed = isinstance(self.base, torch.distributions.Distribution)
+        base = condition(self.base, *(() if fixed else inputs), event_dims=event_dims, role="base of the flow")
+        context = None
+        if inputs:
+            batch, rows = self.rows(inputs, event_dims)
+            base = base.expand(batch)
+            if self.network is not None:
+                context = self.network(*rows)
+                context = context.reshape(*batch, context.shape[-1])
+        return _Flow(base, [self._transform(t, context) for t in self.transforms])
+
+    @staticmethod
+    def _transform(transform: Any, context: Tensor | None) -> Transform:
+        if isinstance(transform, Transform):
+            return transform
+        if hasattr(transform, "condition"):
+            return transform.condition(context)
+        return transform(context)  # lazy, of Zuko
+
+
+class _Flow(dist.TransformedDistribution):
+    """A transformed distribution that scores its last draw from the noise that made it."""
+
+    _draw: tuple[Tensor, Tensor, int] | None = None  # the last draw, its log-probability and its version
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> _Flow:
+        return _Flow(self.base_dist.expand(Size(batch_shape)), self.transforms)
+
+    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+        value = self.base_dist.rsample(sample_shape)
+        log_prob = self.base_dist.log_prob(value)
+        for transform in self.transforms:
+            previous, value = value, transform(value)
+            jacobian = transform.log_abs_det_jacobian(previous, value)
+            log_prob = log_prob - jacobian.reshape(*log_prob.shape, -1).sum(-1)
+        self._draw = value, log_prob, value._version
+        return value
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape) if self.has_rsample else super().sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
+            return self._draw[1]
+        return super().log_prob(value)
