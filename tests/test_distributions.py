@@ -14,8 +14,13 @@ from truths import LinearGaussian, linear_vae
 from pyro_vae import VAE, fit
 from pyro_vae.distributions import (
     ConditionalBernoulli,
+    ConditionalBeta,
+    ConditionalContinuousBernoulli,
     ConditionalMultivariateNormal,
+    ConditionalNegativeBinomial,
     ConditionalNormal,
+    ConditionalPoisson,
+    ConditionalStudentT,
     LearnedScale,
     MultivariateNormal,
     StandardNormal,
@@ -30,6 +35,11 @@ FAMILIES = {
     "normal, scale each": lambda shape: ConditionalNormal(MLP(3, [8]), shape, scale=LearnedScale(shape)),
     "multivariate normal": lambda shape: ConditionalMultivariateNormal(MLP(3, [8]), shape),
     "bernoulli": lambda shape: ConditionalBernoulli(MLP(3, [8]), shape),
+    "student t": lambda shape: ConditionalStudentT(MLP(3, [8]), shape, df=9.0),
+    "beta": lambda shape: ConditionalBeta(MLP(3, [8]), shape),
+    "continuous bernoulli": lambda shape: ConditionalContinuousBernoulli(MLP(3, [8]), shape),
+    "poisson": lambda shape: ConditionalPoisson(MLP(3, [8]), shape),
+    "negative binomial": lambda shape: ConditionalNegativeBinomial(MLP(3, [8]), shape),
 }
 SHAPES = [(4,), (2, 3), (1, 2, 2)]
 
