@@ -62,7 +62,7 @@ class ConditionalFlow(Broadcasting):
         super().__init__()
         self.base, self.network = base, network
         self.transforms = list(transforms)
-        self._modules_of_transforms = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
+        self.transforms_modules = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
         if network is None and any(hasattr(t, "condition") for t in transforms):
             raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
 
@@ -112,4 +112,5 @@ class _Flow(dist.TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
             return self._draw[1]
-        return super().log_prob(value)
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # conditional transforms do not broadcast
+        return super().log_prob(value.expand(*batch, value.shape[-1]))

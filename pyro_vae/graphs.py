@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 __all__ = ["Graph", "Untraceable", "generate", "record", "record_gradients"]
 
@@ -32,6 +33,8 @@ __all__ = ["Graph", "Untraceable", "generate", "record", "record_gradients"]
 READS_LOSSES = ("pyro.infer.", "pyro.distributions.util", "pyro_vae.objectives")
 ASKS_FOR_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")
 READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
+COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique)
 
 
 class Untraceable(RuntimeError):
@@ -234,12 +237,19 @@ class _Handler(TorchFunctionMode):
             return args[0].detach().double()  # Pyro adds these as Python's floats
         if func is Tensor.__bool__ and _caller() in ASKS_FOR_NAN:
             return False
+        if func is Tensor.register_hook and getattr(args[1], "__module__", "") in ASKS_FOR_NAN:
+            return None
         if func is Tensor.masked_select and _caller() == "pyro.infer.util":  # factors of a sum: zeros leave it as it is
             return torch.where(args[1], args[0], 0).reshape(-1)
         if func is Tensor.requires_grad_:
             self._made[id(args[0])] = args[0]
         if func in READS_VALUES:
             raise Untraceable(f"{func.__name__} reads a value")
+        by_mask = func in SELECTS and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool for t in pytree.tree_leaves(args[1])
+        )
+        if by_mask or func in COUNTS:
+            raise Untraceable("how many elements are selected may be another number in each call")
         return func(*args, **(kwargs or {}))
 
     def _backward(

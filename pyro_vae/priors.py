@@ -61,7 +61,7 @@ class GaussianMixture(nn.Module):
 
     def forward(self) -> Any:
         components = dist.Normal(self.loc, positive(self.raw_scale)).to_event(self.loc.dim() - 1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)
+        return _Mixture(dist.Categorical(logits=self.logits), components)
 
 
 class VampPrior(nn.Module):
@@ -95,4 +95,12 @@ class VampPrior(nn.Module):
     def forward(self) -> Any:
         u = self.pseudo_inputs if self.limits is None else self.pseudo_inputs.clamp(*self.limits)
         q = condition(self._shared[0], u, event_dims=[u.dim() - 1], role="posterior")  # batch shape (K,)
-        return dist.MixtureSameFamily(dist.Categorical(logits=u.new_zeros(len(u))), q)
+        return _Mixture(dist.Categorical(logits=u.new_zeros(len(u))), q)
+
+
+class _Mixture(dist.MixtureSameFamily):
+    """A mixture whose support is that of its components, in a form that can be transformed to the reals."""
+
+    @property
+    def support(self) -> Any:
+        return self._component_distribution.support

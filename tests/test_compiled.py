@@ -541,3 +541,45 @@ def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(monkeypatch, defer
         message, weights = bad_fit(compile)
         assert message == expected[0]
         torch.testing.assert_close(weights, expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_that_pyro_does_not_know_have_gradients():
+    """Modules that a model calls without pyro.module: `fit` trains them, compiled or not."""
+    network = nn.Linear(1, 1)
+
+    def model(x, z):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(network(z).squeeze(-1), 1.0), obs=x)
+
+    def guide(x, z):
+        pass
+
+    x, z = torch.randn(30), torch.randn(30, 1)
+    elbo = CompiledELBO(Trace_ELBO(), backend="eager")
+    for _ in range(3):
+        found = elbo.loss_and_gradients(model, guide, (x, z), torch.tensor(1.0))
+    Trace_ELBO().differentiable_loss(model, guide, x, z).backward()
+    gradients = {id(leaf): gradient for leaf, gradient in found.gradients}
+    for p in network.parameters():
+        torch.testing.assert_close(gradients[id(p)], p.grad)
+
+
+def test_selections_by_a_mask_are_not_recorded():
+    """As many elements as a mask has are another number in each call: recorded, they would be those of the first."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            loc = torch.zeros_like(z)
+            loc[z > 0] = z[z > 0] * 2
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+    def guide(x):
+        scale = pyro.param("scale", torch.tensor(1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, scale))
+
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), CompiledELBO(Trace_ELBO(), backend="eager"))
+    with pytest.warns(UserWarning, match="may be another number in each call"):
+        for _ in range(4):
+            svi.step(torch.zeros(20))
