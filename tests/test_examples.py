@@ -33,6 +33,20 @@ def test_fashion_mnist_or_the_digits(tmp_path):
         assert tree["posterior"]["z"].dims[:3] == ("chain", "draw", "data")
 
 
+SCRIPTS = (
+    "beta_vae conditional_vae coupling generate hierarchical kl_directions likelihoods linear_vae missing_data mixed_table posterior_collapse "
+    "prior_sampling priors semi_supervised"
+).split()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_run_and_draw(tmp_path, name):
+    command = [sys.executable, "-W", "error", EXAMPLES / f"{name}.py", "--quick", "--output", tmp_path]
+    out = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,118 @@
+r"""New data, reconstructions and similar data, and what distribution they have.
+
+    python examples/generate.py
+
+    generate       z ~ p(z),      x ~ p(x|z)          reconstruct    z ~ q(z|x),     x' ~ p(x'|z)
+    similar        z_1, … ~ q(z|x), x'_s ~ p(x'|z_s), several for each x
+
+With `mean=True` the last step gives E[x|z] instead of a draw, which looks better and varies less. For the linear VAE
+with p(x|z) = N(W z + m, s² I) all moments are known, with C = (Wᵀ W / s² + I)⁻¹:
+
+    generate: Cov(x) = W Wᵀ + s² I,  with mean=True W Wᵀ,        similar: Cov(x'|x) = W C Wᵀ + s² I,
+
+the last one for the exact posterior, under which reconstructions of draws from the model are again draws from the
+model: z | x has the marginal p(z). Digits have no known moments; a picture shows them.
+
+Kingma & Welling (2014), *Auto-Encoding Variational Bayes*.
+"""
+
+from __future__ import annotations
+
+import pyro
+import torch
+from images import load_digits
+from matplotlib import pyplot as plt
+from script import parse_options, save
+from torch import Tensor
+
+from pyro_vae import VAE, fit
+from pyro_vae.distributions import (
+    ConditionalContinuousBernoulli,
+    ConditionalMultivariateNormal,
+    ConditionalNormal,
+    LearnedScale,
+    StandardNormal,
+)
+from pyro_vae.networks import MLP
+from pyro_vae.plots import plot_images
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    compare_moments(options.seed, *((5, 2_000) if options.quick else (100, 50_000)))
+    data = load_digits()
+    vae = VAE(
+        StandardNormal(8),
+        ConditionalContinuousBernoulli(MLP(8, [128]), (8, 8)),
+        ConditionalMultivariateNormal(MLP((8, 8), [128]), 8),
+        name="digits",
+    )
+    fit(
+        vae.model,
+        vae.guide,
+        data.train,
+        num_epochs=3 if options.quick else 100,
+        batch_size=100,
+        learning_rate=3e-3,
+        seed=options.seed,
+    )
+    x = data.test[[int((data.test_classes == c).int().argmax()) for c in range(10)]]  # the first of each class
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6))
+    similar = vae.similar(x, size=3, mean=True)
+    rows = torch.stack([x, vae.reconstruct(x, mean=True), vae.reconstruct(x), *similar])
+    labels = ["test image", "reconstruct, mean", "reconstruct", *["similar, mean"] * 3]
+    plot_images(rows, row_labels=labels, ax=axes[0])
+    rows = torch.cat([vae.generate(30, mean=True), vae.generate(30)]).unflatten(0, (6, 10))
+    plot_images(rows, row_labels=["generate, mean"] * 3 + ["generate"] * 3, ax=axes[1])
+    save(figure, options, "generate")
+
+
+def compare_moments(seed: int, num_epochs: int, size: int) -> None:
+    """Draws of a linear VAE against its exact moments."""
+    x = torch.randn(2000, 2) @ torch.randn(2, 4) + 0.7 * torch.randn(2000, 4) + 1.0
+    pyro.set_rng_seed(seed)
+    vae = VAE(
+        StandardNormal(2),
+        ConditionalNormal(MLP(2, []), 4, scale=LearnedScale()),
+        ConditionalMultivariateNormal(MLP(4, []), 2),
+        name="linear",
+    )
+    fit(
+        vae.model,
+        vae.guide,
+        x,
+        num_epochs=num_epochs,
+        batch_size=250,
+        learning_rate=2e-2,
+        scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_epochs),
+        seed=seed,
+    )
+    with torch.no_grad():
+        w, m, s = vae.likelihood.head.weight, vae.likelihood.head.bias, vae.likelihood.scale()
+        noise = s**2 * torch.eye(4)
+        c = torch.linalg.inv(w.T @ w / s**2 + torch.eye(2))
+        posterior_mean = c @ w.T @ (x[0] - m) / s**2
+    new = vae.generate(size)
+    print(f"linear VAE: {size} draws against exact moments; largest entry of the difference, and its standard error\n")
+    print(f"{'':<40}{'mean':>9}{'error':>10}{'covariance':>12}{'error':>10}")
+    compare("generate", new, m, w @ w.T + noise)
+    compare("generate, mean=True", vae.generate(size, mean=True), m, w @ w.T)
+    compare("reconstruct of generated data", vae.reconstruct(new), m, w @ w.T + noise)
+    similar = vae.similar(x[:1], size=size)[:, 0]
+    compare("similar to one x", similar, w @ posterior_mean + m, w @ c @ w.T + noise)
+    compare("generate, against moments of the data", new, x.mean(0), x.T.cov(), len(x))
+
+
+@torch.no_grad()
+def compare(name: str, draws: Tensor, mean: Tensor, covariance: Tensor, num_data: int | None = None) -> None:
+    """Error: the largest standard error of an entry, for Normal draws, and for moments of data that of theirs."""
+    per_draw = 1 / len(draws) + (0 if num_data is None else 1 / num_data)
+    variance = covariance.diagonal()
+    error = (variance.max() * per_draw).sqrt()
+    error_of_covariance = ((covariance**2 + variance[:, None] * variance).max() * per_draw).sqrt()
+    mean_gap, covariance_gap = (draws.mean(0) - mean).abs().max(), (draws.T.cov() - covariance).abs().max()
+    print(f"{name:<40}{mean_gap:>9.4f}{error:>10.4f}{covariance_gap:>12.4f}{error_of_covariance:>10.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+r"""Posterior collapse: latent dimensions that a VAE gives up, and what a warm-up of the KL term changes.
+
+A dimension is collapsed where q(z_d|x) is the prior for every x: it costs no nats and says nothing. The two symptoms
+are
+
+    KL_d = mean_n KL(q(z_d|x_n)‖p(z_d)) ≈ 0,      A_d = Var_n(E_q[z_d|x_n]) ≈ 0  (active: A_d > 0.01).
+
+That a VAE does not use all dimensions it has is no fault as such: a nat of KL has to buy at least a nat of
+reconstruction. A fault is a dimension given up early, while the decoder could not yet use it. The usual remedy is to
+weight the KL term by β, from zero to one over the first steps; log p(x), which knows nothing of β, tells whether
+it helped.
+
+    python examples/posterior_collapse.py
+
+Bowman, Vilnis, Vinyals, Dai, Jozefowicz & Bengio (2016), *Generating Sentences from a Continuous Space*
+"""
+
+from __future__ import annotations
+
+from images import load_digits
+from matplotlib import pyplot as plt
+from script import parse_options, save
+
+from pyro_vae import VAE, BetaELBO, fit, importance_sampling, latent_usage
+from pyro_vae.beta import linear
+from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, StandardNormal
+from pyro_vae.networks import MLP
+from pyro_vae.plots import plot_latent_usage
+
+DIMENSIONS = 32
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    digits = load_digits()
+    train, test = ((x.flatten(1) > 0.5).float() for x in (digits.train, digits.test))
+    epochs, particles = (2, 20) if options.quick else (150, 500)
+    steps = epochs * -(-len(train) // 128)
+
+    # two hidden layers each way: the deeper the networks, the longer the decoder takes to make use of a dimension
+    losses = {"no warm-up": None, "KL warm-up": BetaELBO(linear(steps // 2))}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    print(f"{DIMENSIONS} latent dimensions, binary digits; means over the {len(test)} test images, in nats")
+    print("             A > 0.01   KL > 0.05   KL(q‖p)   −ELBO, training   log p(x)  (± particles)")
+    for (name, loss), ax in zip(losses.items(), axes, strict=True):
+        vae = VAE(
+            StandardNormal(DIMENSIONS),
+            ConditionalBernoulli(MLP(DIMENSIONS, [128, 128]), 64),
+            ConditionalNormal(MLP(64, [128, 128]), DIMENSIONS),
+            name=name,
+        )
+        result = fit(vae.model, vae.guide, train, num_epochs=epochs, learning_rate=2e-3, loss=loss, seed=options.seed)
+        usage = latent_usage(vae.model, vae.guide, test)
+        log_p, _, error = importance_sampling(vae.model, vae.guide, test, num_particles=particles, progress=False).mean
+        print(
+            f"{name:12} {int(usage.active.sum()):8} {int((usage.kl > 0.05).sum()):11} {usage.kl.sum():9.2f} "
+            f"{result.loss[-1]:17.2f} {log_p:10.2f}  (± {error:.2f})"
+        )
+        plot_latent_usage(usage.kl, usage.active, label=name, ax=ax)
+    save(figure, options, "posterior_collapse")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+r"""Semi-supervised learning: digits of which few have a label, by a model of images and labels.
+
+    p(x, y) = p(y) ∫ p(z) p(x|y, z) dz,      q(y, z|x) = q(y|x) q(z|x, y).
+
+Where the label is missing, the guide's classifier q(y|x) proposes it, and its ten values are summed out; where it is
+known, q is a point mass at it. The ELBO of labelled data has then no term in the classifier, so that one is added:
+
+    J = Σ_unlabelled ELBO(x) + Σ_labelled [ELBO(x, y) + α log q(y|x)].
+
+All of it is one plain Pyro pair, made of conditional distributions of this package. The images without labels tell
+what digits look like; the labels have to name the groups, no more.
+
+    python examples/semi_supervised.py
+
+Kingma, Rezende, Mohamed & Welling (2014), *Semi-Supervised Learning with Deep Generative Models*, equation 9
+"""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from images import load_digits
+from matplotlib import pyplot as plt
+from pyro import poutine
+from pyro.infer import TraceEnum_ELBO
+from script import parse_options, save
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyro_vae import fit
+from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, ConditionalOneHotCategorical, StandardNormal
+from pyro_vae.networks import MLP
+from pyro_vae.plots import plot_images
+
+LABELS = 100
+ALPHA = 15.0  # one image in fifteen has a label
+
+
+class SemiSupervised(nn.Module):
+    """A Pyro pair for images x (N, 64), one-hot labels y (N, 10), and whether they are known (N,)."""
+
+    def __init__(self, latent: int = 5) -> None:
+        super().__init__()
+        self.prior = StandardNormal(latent)
+        self.likelihood = ConditionalBernoulli(MLP(latent, [128], context_size=10), 64)
+        self.classifier = ConditionalOneHotCategorical(MLP(64, [128]), 10)
+        self.posterior = ConditionalNormal(MLP(64, [128], context_size=10), latent)
+
+    def model(self, x: Tensor, y: Tensor, known: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            label = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(10)))
+            z = pyro.sample("z", self.prior())
+            pyro.sample("x", self.likelihood(z, label), obs=x)
+            with poutine.scale(scale=ALPHA), poutine.mask(mask=known):  # no part of p(x, y): the classification term
+                pyro.sample("classified", self.classifier(x), obs=y)
+
+    def guide(self, x: Tensor, y: Tensor, known: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            probabilities = torch.where(known.unsqueeze(-1), y, self.classifier(x).probs)
+            label = pyro.sample("y", dist.OneHotCategorical(probabilities), infer={"enumerate": "parallel"})
+            pyro.sample("z", self.posterior(x, label))
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    digits = load_digits()
+    x, test = ((x.flatten(1) > 0.5).float() for x in (digits.train, digits.test))
+    classes, test_classes = digits.train_classes, digits.test_classes
+    # ten labels of each class; where a label is not known, y holds a one-hot vector that says nothing, that of class 0
+    chosen = torch.cat([(classes == c).nonzero().flatten()[: LABELS // 10] for c in range(10)])
+    known = torch.zeros(len(x), dtype=torch.bool)
+    known[chosen] = True
+    y = one_hot(torch.where(known, classes, 0), 10).float()
+
+    pair = SemiSupervised()
+    epochs = 3 if options.quick else 100
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    fit(pair.model, pair.guide, (x, y, known), num_epochs=epochs, learning_rate=3e-3, loss=loss, seed=options.seed)
+
+    few = LogisticRegression(max_iter=1000).fit(x[chosen], classes[chosen])
+    all_labels = LogisticRegression(max_iter=1000).fit(x, classes)
+    with torch.no_grad():
+        predicted = pair.classifier(test).probs.argmax(-1)
+    print(f"share of the {len(test)} test images whose class is found")
+    print(f"  logistic regression, {LABELS} labels                 {few.score(test, test_classes):.1%}")
+    print(f"  this model, {LABELS} labels and {len(x) - LABELS} images without    ", end="")
+    print(f"{(predicted == test_classes).float().mean():.1%}")
+    print(f"  logistic regression, all {len(x)} labels            {all_labels.score(test, test_classes):.1%}")
+
+    # analogies: the style z of a test image, found without its label, and all ten classes in that style
+    rows = test[10:18]
+    with torch.no_grad():
+        z = pair.posterior(rows, one_hot(predicted[10:18], 10).float()).mean
+        styles = pair.likelihood(z.unsqueeze(1).expand(-1, 10, -1), torch.eye(10).expand(8, 10, 10)).mean
+    figure, ax = plt.subplots(figsize=(8, 5.6))
+    grid = torch.cat([rows.unsqueeze(1), styles], 1).unflatten(-1, (8, 8))
+    plot_images(grid, column_labels=["image", *digits.class_names], ax=ax)
+    save(figure, options, "semi_supervised")
+
+
+if __name__ == "__main__":
+    main()
