@@ -33,7 +33,22 @@ def test_fashion_mnist_or_the_digits(tmp_path):
         assert tree["posterior"]["z"].dims[:3] == ("chain", "draw", "data")
 
 
-SCRIPTS = ["beta_vae", "conditional_vae", "coupling", "generate", "hierarchical", "kl_directions", "likelihoods", "linear_vae", "missing_data", "mixed_table", "posterior_collapse", "prior_sampling", "priors", "semi_supervised"]
+SCRIPTS = [
+    "beta_vae",
+    "conditional_vae",
+    "coupling",
+    "generate",
+    "hierarchical",
+    "kl_directions",
+    "likelihoods",
+    "linear_vae",
+    "missing_data",
+    "mixed_table",
+    "posterior_collapse",
+    "prior_sampling",
+    "priors",
+    "semi_supervised",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
