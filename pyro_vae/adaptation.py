@@ -101,7 +101,6 @@ def adaptive_importance_sampling(
     """
     num_particles = check_num_particles(num_particles)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    sampler.refuse_points()
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)

@@ -111,8 +111,6 @@ def annealed_importance_sampling(
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    if start != "prior":
-        sampler.refuse_points()
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)

@@ -107,7 +107,6 @@ def importance_sampling(
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive: expected a share of the particles in [0, 1), got {defensive}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    sampler.refuse_points()
     num_prior = round(defensive * num_particles)
     kernel = None
     if exact_draw is None and not num_prior:

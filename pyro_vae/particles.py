@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
@@ -89,8 +88,7 @@ def draw_particles(
             rows that are not finite or outside the support of their likelihood.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> def model(x):
+        >>>         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
@@ -175,17 +173,6 @@ class ParticleSampler:
         with torch.random.fork_rng(), torch.no_grad(), evaluation_mode():
             for rows in self.chunks(1)[0]:
                 self.log_weight(1, rows, check=True)
-
-    def refuse_points(self) -> None:
-        """Raises ValueError for a guide whose draws cannot be weighed."""
-        model_sites = sample_sites(self.layout.model_trace)
-        for name, site in sample_sites(self.layout.guide_trace).items():
-            fn = model_sites.get(name, site)["fn"]
-            if not site["is_observed"] and isinstance(site["fn"], dist.Delta) and not isinstance(fn, dist.Delta):
-                raise ValueError(
-                    f"site {name!r}: the guide is a point (Delta), which has no density to weigh its draws by: no "
-                    "estimate of log p(x) comes out of it. Try a guide with a spread, or prior_sampling."
-                )
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,7 @@ def test_the_linear_autoencoder_is_pca(rows):
 def test_log_p_is_refused_for_a_point(rows):
     vae = autoencoder(5, 2)
     for estimator in (importance_sampling, adaptive_importance_sampling):
-        with pytest.raises(ValueError, match=r"site 'z': the guide is a point \(Delta\)"):
+        with pytest.raises(ValueError, match=r"site 'z' of the guide is a point \(Delta\)"):
             estimator(vae.model, vae.guide, rows)
 
 
