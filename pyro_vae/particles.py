@@ -88,7 +88,8 @@ def draw_particles(
             rows that are not finite or outside the support of their likelihood.
 
     Example:
-        >>>         >>> def model(x):
+        >>> import pyro.distributions as dist
+        >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
