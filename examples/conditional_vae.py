@@ -53,16 +53,16 @@ def main() -> None:
     print(f"  the image's own class            {right.mean():8.2f}")
     print(f"  the best of the nine others      {wrong.max(1).values.mean():8.2f}")
     print(f"  mean of the nine others          {wrong.mean():8.2f}")
-    print(
-        f"  own class the most probable      {(predicted == digits.test_classes).float().mean():8.1%} (by chance 10%)"
-    )
+    share = (predicted == digits.test_classes).float().mean()
+    error = (share * (1 - share) / len(test)) ** 0.5
+    print(f"  own class the most probable      {share:8.1%} ± {error:.1%} (images); by chance 10%")
 
     # one row for each class: the same eight codes in all rows, then two draws of z for each class
     z = torch.randn(8, 4)
     with torch.no_grad():
         grid = vae.decode(z.repeat(10, 1), torch.eye(10).repeat_interleave(8, 0)).mean.reshape(10, 8, 8, 8)
     fresh = vae.generate(30, torch.eye(10).repeat_interleave(3, 0), mean=True).reshape(10, 3, 8, 8)
-    figure, (left, rest) = plt.subplots(1, 2, figsize=(8, 6), width_ratios=(8, 3))
+    figure, (left, rest) = plt.subplots(1, 2, figsize=(8, 6.4), width_ratios=(8, 3))
     names = list(digits.class_names)
     plot_images(grid, row_labels=names, column_labels=[f"$z_{{{i}}}$" for i in range(1, 9)], ax=left)
     left.set_title("same column, same z")

@@ -24,6 +24,7 @@ Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section 
 
 from __future__ import annotations
 
+from functools import partial
 from math import e, log, pi
 
 import pyro
@@ -32,6 +33,7 @@ from matplotlib import pyplot as plt
 from script import parse_options, save
 from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
+from torch.optim.lr_scheduler import ExponentialLR
 
 from pyro_vae import VAE, draw_particles, fit
 from pyro_vae.distributions import ConditionalNormal, StandardNormal
@@ -39,7 +41,7 @@ from pyro_vae.networks import MLP
 
 MEAN, VARIANCE = 1.0, 2.0  # of p_data
 SCALE_G = 0.6  # σ_g
-EXACT_SCALE_F = SCALE_G / VARIANCE**0.5
+EXACT = SCALE_G / VARIANCE**0.5  # σ_f of the exact posterior
 ENTROPY = 0.5 * log(2 * pi * e * VARIANCE)
 
 
@@ -47,61 +49,47 @@ def main() -> None:
     options = parse_options(__doc__)
     num_rows, num_epochs = (5_000, 3) if options.quick else (50_000, 30)
     x = MEAN + VARIANCE**0.5 * torch.randn(num_rows, 1)
-    print(f"{'':<36}{'KL(n_f‖n_g)':>13}{'E[−ELBO] − H':>20}{'autoencoder − H':>20}")
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7.5), sharex=True, sharey=True)
-    pictures = []
-    for name, scale_f in (("exact σ_f", EXACT_SCALE_F), ("σ_f twice as large", 2 * EXACT_SCALE_F)):
+    print(f"{'nats':<28}{'KL(n_f‖n_g)':>13}{'E[−ELBO] − H':>19}{'autoencoder − H':>19}")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9), sharex=True, sharey=True)
+    cases = (
+        ("before training", EXACT, 0),
+        ("trained", EXACT, num_epochs),
+        ("trained, σ_f doubled", 2 * EXACT, num_epochs),
+    )
+    for ax, (name, scale_f, epochs) in zip(axes, cases, strict=True):
         pyro.set_rng_seed(options.seed)
-        vae = VAE(
-            StandardNormal(1),
-            ConditionalNormal(MLP(1, []), 1, scale=SCALE_G),
-            ConditionalNormal(MLP(1, []), 1, scale=scale_f),
-            name=name,
-        )
-        for when in ("before training", "after training"):
-            if when == "after training":
-                fit(
-                    vae.model,
-                    vae.guide,
-                    x,
-                    num_epochs=num_epochs,
-                    batch_size=500,
-                    learning_rate=1e-2,
-                    scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_epochs),
-                    seed=options.seed,
-                )
+        likelihood = ConditionalNormal(MLP(1, []), 1, scale=SCALE_G)
+        vae = VAE(StandardNormal(1), likelihood, ConditionalNormal(MLP(1, []), 1, scale=scale_f), name=name)
+        if epochs:
+            settings = {"num_epochs": epochs, "batch_size": 500, "learning_rate": 1e-2, "seed": options.seed}
+            fit(vae.model, vae.guide, x, scheduler=partial(ExponentialLR, gamma=0.85), **settings)
+        with torch.no_grad():
             n_f, n_g = joints(vae, scale_f)
             exact = kl_divergence(n_f, n_g).item()
-            with torch.no_grad():
-                elbo = draw_particles(vae.model, vae.guide, x, num_particles=1).log_weight[0]
-            estimates = [above_entropy(values) for values in (-elbo, loss(vae, x, scale_f))]
-            print(f"{f'{name}, {when}':<36}{exact:>13.4f}{estimates[0]:>20}{estimates[1]:>20}")
-            pictures.append((f"{name}, {when}\nKL = {exact:.4f}", n_f, n_g))
-    for ax, (title, n_f, n_g) in zip(axes.flat, pictures, strict=True):
-        draw_joints(ax, n_f, n_g)
-        ax.set_title(title)
-    figure.supxlabel("x")
-    figure.supylabel("z")
-    axes[0, 0].legend(frameon=False, loc="upper left")
-    print(f"\nH[p_data] = {ENTROPY:.4f} nats. Both estimates: over the {num_rows} rows of data.")
+            losses = -draw_particles(vae.model, vae.guide, x, num_particles=1).log_weight[0], loss(vae, x, scale_f)
+        # mean and standard error over the rows
+        estimates = [f"{v.mean() - ENTROPY:.4f} ± {v.std() / num_rows**0.5:.4f}" for v in losses]
+        print(f"{name:<28}{exact:>13.4f}{estimates[0]:>19}{estimates[1]:>19}")
+        draw(ax, n_f, "$n_f$: data and encoder", "C0", "-")
+        draw(ax, n_g, "$n_g$: prior and decoder", "C1", "--")
+        ax.set(title=f"{name}\nKL = {exact:.4f} nats".replace("σ_f", r"$\sigma_f$"), xlabel="x")
+    axes[0].set_ylabel("z")
+    axes[1].legend(frameon=False, loc="lower left")
+    print(f"H[p_data] = {ENTROPY:.4f}; both estimates are means over the {num_rows} rows of data.")
     save(figure, options, "coupling")
 
 
-@torch.no_grad()
 def joints(vae: VAE, scale_f: float) -> tuple[MultivariateNormal, MultivariateNormal]:
     """n_f and n_g as Normals of (x, z), from the lines z = a x + b and x = w z + m."""
     (a, b), (w, m) = ((p.head.weight.item(), p.head.bias.item()) for p in (vae.posterior, vae.likelihood))
-    covariance_f = [[VARIANCE, a * VARIANCE], [a * VARIANCE, a**2 * VARIANCE + scale_f**2]]
-    covariance_g = [[w**2 + SCALE_G**2, w], [w, 1.0]]
-    means = [MEAN, a * MEAN + b], [m, 0.0]
-    n_f, n_g = (
-        MultivariateNormal(torch.tensor(mean).double(), torch.tensor(covariance).double())
-        for mean, covariance in zip(means, (covariance_f, covariance_g), strict=True)
+    n_f = [[VARIANCE, a * VARIANCE], [a * VARIANCE, a**2 * VARIANCE + scale_f**2]]
+    n_g = [[w**2 + SCALE_G**2, w], [w, 1.0]]
+    return (
+        MultivariateNormal(torch.tensor([MEAN, a * MEAN + b]), torch.tensor(n_f)),
+        MultivariateNormal(torch.tensor([m, 0.0]), torch.tensor(n_g)),
     )
-    return n_f, n_g
 
 
-@torch.no_grad()
 def loss(vae: VAE, x: Tensor, scale_f: float) -> Tensor:
     """The regularised autoencoder's loss of each row, with its constant."""
     code = vae.encode(x).mean
@@ -110,20 +98,12 @@ def loss(vae: VAE, x: Tensor, scale_f: float) -> Tensor:
     return ((x - reconstruction) ** 2 / (2 * SCALE_G**2) + code**2 / 2 + constant).squeeze(-1)
 
 
-def above_entropy(values: Tensor) -> str:
-    """The mean minus the entropy of the data, and its standard error."""
-    return f"{values.mean() - ENTROPY:.4f} ± {values.std() / len(values) ** 0.5:.4f}"
-
-
-def draw_joints(ax: plt.Axes, n_f: MultivariateNormal, n_g: MultivariateNormal) -> None:
-    """Both as ellipses of one and two standard deviations."""
-    angle = torch.linspace(0, 2 * pi, 200).double()
+def draw(ax: plt.Axes, joint: MultivariateNormal, label: str, colour: str, style: str) -> None:
+    """The ellipses of one and two standard deviations."""
+    angle = torch.linspace(0, 2 * pi, 200)
     circle = torch.stack([angle.cos(), angle.sin()])
-    lines = (n_f, "$n_f$: data, encoder", "C0", "-"), (n_g, "$n_g$: prior, decoder", "C1", "--")
-    for joint, label, colour, style in lines:
-        for radius in (1, 2):
-            ellipse = joint.mean[:, None] + radius * joint.scale_tril @ circle
-            ax.plot(*ellipse, style, color=colour, label=label if radius == 1 else None)
+    for radius, name in ((1, label), (2, None)):
+        ax.plot(*(joint.mean[:, None] + radius * joint.scale_tril @ circle), style, color=colour, label=name)
 
 
 if __name__ == "__main__":

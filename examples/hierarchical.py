@@ -75,18 +75,22 @@ def main() -> None:
     )
     epochs, particles = (3, 50) if options.quick else (150, 1000)
     print(f"\ndigits, binary: log p(x) of {len(test)} test images, nats per image")
+    log_p = []
     for name, pair in {"one level": one, "two levels": two}.items():
         fit(pair.model, pair.guide, train, num_epochs=epochs, learning_rate=3e-3, seed=options.seed)
         evidence = importance_sampling(pair.model, pair.guide, test, num_particles=particles, progress=False)
         mean, points, draws = evidence.mean
         print(f"  {name:12} {mean:8.2f}   ± {points:.2f} (images) ± {draws:.2f} (particles)")
+        log_p.append(evidence.log_evidence)
+    gain = log_p[1] - log_p[0]
+    print(f"  {'difference':12} {gain.mean():8.2f}   ± {gain.std() / len(gain) ** 0.5:.2f} (images, paired)")
 
     with torch.no_grad():
         z2 = torch.tensor([[-1.5, 0.0], [0.0, -1.5], [0.0, 0.0], [0.0, 1.5], [1.5, 0.0]])
         z1 = two.middle(z2).sample((10,)).transpose(0, 1)  # (rows, columns, 8)
         images = two.likelihood(z1).mean.unflatten(-1, (8, 8))
     figure, ax = plt.subplots(figsize=(8, 4))
-    names = [f"$z_2$ = ({a:g}, {b:g})" for a, b in z2.tolist()]
+    names = [f"$z_2 = ({a:g}, {b:g})$" for a, b in z2.tolist()]
     plot_images(images, row_labels=names, ax=ax)
     ax.set_title("E[x|z₁]: one z₂ for each row, ten draws of z₁ given it")
     save(figure, options, "hierarchical")

@@ -98,11 +98,17 @@ def main() -> None:
 
     axis = torch.linspace(-7, 7, 141)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3), sharey=True)
     for ax, (label, q) in zip(axes, fits.items(), strict=True):
         ax.contourf(axis, axis, p.log_prob(grid).exp(), levels=10, cmap="Greys")
-        ax.contour(axis, axis, q.log_prob(grid).exp(), levels=6, colors="C3", linewidths=1)
-        ax.set(title=label, aspect="equal", xlim=(-7, 7), ylim=(-5, 5))
+        density = q.log_prob(grid).exp()
+        levels = [share * density.max() for share in (0.15, 0.3, 0.5, 0.7, 0.9)]
+        ax.contour(axis, axis, density, levels=levels, colors="C3", linewidths=1)
+        ax.set(title=f"min {label}", aspect="equal", xlim=(-7, 7), ylim=(-5, 5), xlabel="$z_1$")
+    axes[0].set_ylabel("$z_2$")
+    axes[0].fill([], [], color="0.4", label="p")
+    axes[0].plot([], [], color="C3", label="q")
+    axes[0].legend(frameon=False, loc="lower right")
     save(figure, options, "kl_directions")
 
 

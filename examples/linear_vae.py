@@ -39,7 +39,7 @@ def main() -> None:
     best = PCA(D).fit(x.numpy()).score(x.numpy())
     print(f"largest mean log-likelihood of {D} latents, by sklearn's PCA: {best:.4f} nats per point\n")
     print(f"{'posterior':<10}{'ELBO':>10}{'log p(x)':>10}{'by sampling':>19}{'|learned − C|':>15}{'cos(w1, w2)':>13}")
-    figure, axes = plt.subplots(1, 2, figsize=(8, 5), sharex=True, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 4.8), sharex=True, sharey=True)
     families = {"full": ConditionalMultivariateNormal, "diagonal": ConditionalNormal}
     for ax, (name, family) in zip(axes, families.items(), strict=True):
         pyro.set_rng_seed(options.seed)
@@ -75,7 +75,9 @@ def main() -> None:
             ax.plot(*outline(p_z.mean[row], p_z.covariance_matrix[row]), color=f"C{row}", linewidth=4, alpha=0.35)
             ax.plot(*outline(q_z.mean[row], covariance[row]), color=f"C{row}", linestyle="--", linewidth=1.2)
         ax.set(title=f"{name} covariance", xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
-    figure.suptitle("p(z|x) (broad lines) and learned q(z|x) (dashed) of five points, two standard deviations")
+    figure.suptitle(
+        "exact p(z|x) (broad) and learned q(z|x) (dashed) of five points, two standard deviations", fontsize=10
+    )
     print("\nELBO and log p(x): of the learned parameters, in closed form. |learned − C|: the largest entry.")
     save(figure, options, "linear_vae")
 

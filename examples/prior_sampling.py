@@ -5,11 +5,12 @@ Both estimators average K likelihoods over draws; they differ in where the draws
     prior sampling        p(x) ≈ 1/K Σ_k p(x|z_k),                     z_k ~ p(z)
     importance sampling   p(x) ≈ 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x),   z_k ~ q(z|x)
 
-Both are unbiased for p(x). Their variance grows exponentially with the dimension d of z, at the rate of the chi-square
-divergence between proposal and posterior in each dimension. That of the prior is large, so that a handful of dimensions
-is the end of it; that of a guide is small even when the guide is only roughly right. The model here is z ~ N(0, I_d),
-x|z ~ N(W z, σ² I) with orthogonal W and σ = 0.3, for which log p(x) is known: x ~ N(0, W Wᵀ + σ² I). The guide is the
-exact posterior with its mean moved by 0.3 and its standard deviation multiplied by 1.2.
+Both are unbiased for p(x). Their relative variance is χ²/K, with the chi-square divergence of the posterior from the
+proposal; over d independent dimensions it is multiplied, 1 + χ² = (1 + χ₁²)^d, and the effective sample size tends to
+K / (1 + χ²). The χ₁² of the prior is large, so that a handful of dimensions is the end of it; that of a guide is small
+even when the guide is only roughly right. The model here is z ~ N(0, I_d), x|z ~ N(W z, σ² I) with orthogonal W and
+σ = 0.3, for which log p(x) is known: x ~ N(0, W Wᵀ + σ² I). The guide is the exact posterior with its mean moved by 0.3
+standard deviations and its standard deviation multiplied by 1.2.
 
     python examples/prior_sampling.py
 
@@ -18,6 +19,7 @@ Owen (2013), *Monte Carlo theory, methods and examples*, chapter 9.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 import pyro
@@ -98,15 +100,22 @@ def draw_figure(
         left.fill_between(DIMENSIONS, *quantiles.T.numpy(), color=line.get_color(), alpha=0.15, linewidth=0)
         right.plot(DIMENSIONS, sizes[name], marker=marker, label=labels[name])
     left.set(ylabel="|error of log p(x)| (nats)", title="mean error, and 10 % to 90 % of the data points")
+    # 1 + χ₁² of the guide, that is of one dimension, in units of the posterior's standard deviation
+    growth = STRETCH**2 / (2 * STRETCH**2 - 1) ** 0.5 * math.exp(SHIFT**2 / (2 * STRETCH**2 - 1))
+    limit = [num_particles / growth**d for d in DIMENSIONS]
+    right.plot(DIMENSIONS, limit, "k--", linewidth=1)
     right.axhline(num_particles, color="0.6", linestyle=":")
     right.axhline(1, color="0.6", linestyle=":")
-    right.set(ylabel="effective sample size", title=f"out of {num_particles} particles")
+    right.set(
+        ylabel="effective sample size", title=f"K = {num_particles}; dashed: $K / (1 + \\chi_1^2)^d$ of the guide"
+    )
     for ax in (left, right):
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(DIMENSIONS, [str(d) for d in DIMENSIONS])
         ax.set_xlabel("dimension d of z")
         ax.spines[["top", "right"]].set_visible(False)
+    right.set_ylim(0.7, 1.5 * num_particles)
     left.legend(frameon=False)
     save(figure, options, "prior_sampling")
 

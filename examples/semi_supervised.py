@@ -83,11 +83,14 @@ def main() -> None:
     all_labels = LogisticRegression(max_iter=1000).fit(x, classes)
     with torch.no_grad():
         predicted = pair.classifier(test).probs.argmax(-1)
-    print(f"share of the {len(test)} test images whose class is found")
-    print(f"  logistic regression, {LABELS} labels                 {few.score(test, test_classes):.1%}")
-    print(f"  this model, {LABELS} labels and {len(x) - LABELS} images without    ", end="")
-    print(f"{(predicted == test_classes).float().mean():.1%}")
-    print(f"  logistic regression, all {len(x)} labels            {all_labels.score(test, test_classes):.1%}")
+    shares = {
+        f"logistic regression, {LABELS} labels": few.score(test, test_classes),
+        f"this model, {LABELS} labels and {len(x) - LABELS} images without": (predicted == test_classes).float().mean(),
+        f"logistic regression, all {len(x)} labels": all_labels.score(test, test_classes),
+    }
+    print(f"share of the {len(test)} test images whose class is found, ± standard error over the images")
+    for name, share in shares.items():
+        print(f"  {name:<50}{share:.1%} ± {(share * (1 - share) / len(test)) ** 0.5:.1%}")
 
     # analogies: the style z of a test image, found without its label, and all ten classes in that style
     rows = test[10:18]
@@ -97,6 +100,7 @@ def main() -> None:
     figure, ax = plt.subplots(figsize=(8, 5.6))
     grid = torch.cat([rows.unsqueeze(1), styles], 1).unflatten(-1, (8, 8))
     plot_images(grid, column_labels=["image", *digits.class_names], ax=ax)
+    ax.set_title("test images, and E[x|y, z] of each class y with the z of that image")
     save(figure, options, "semi_supervised")
 
 
