@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.particles import ParticleSampler
 from pyro_vae.traces import evaluation_mode, sample_sites
@@ -135,6 +135,6 @@ def _marginals(distribution: Any) -> Normal | None:
         base = base.base_dist
     if isinstance(base, Normal):
         return Normal(base.loc, base.scale)
-    if isinstance(base, MultivariateNormal):
+    if isinstance(base, (MultivariateNormal, LowRankMultivariateNormal)):
         return Normal(base.mean, base.variance.sqrt())
     return None

@@ -15,7 +15,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 
 from pyro_vae.conditional import Broadcasting, condition
 
@@ -62,7 +62,7 @@ class ConditionalFlow(Broadcasting):
         super().__init__()
         self.base, self.network = base, network
         self.transforms = list(transforms)
-        self.transforms_modules = nn.ModuleList(t for t in transforms if isinstance(t, nn.Module))
+        self.transforms_modules = nn.ModuleList(m for t in transforms for m in _modules(t))
         if network is None and any(hasattr(t, "condition") for t in transforms):
             raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
 
@@ -85,6 +85,16 @@ class ConditionalFlow(Broadcasting):
         if hasattr(transform, "condition"):
             return transform.condition(context)
         return transform(context)  # lazy, of Zuko
+
+
+def _modules(transform: Any) -> list[nn.Module]:
+    """The modules that hold its weights, also where it is the inverse of one, which is no module itself."""
+    if isinstance(transform, nn.Module):
+        return [transform]
+    if isinstance(transform, ComposeTransform):
+        return [m for part in transform.parts for m in _modules(part)]
+    inverse = transform.inv if isinstance(transform, Transform) else None
+    return [inverse] if isinstance(inverse, nn.Module) else []
 
 
 class _Flow(dist.TransformedDistribution):

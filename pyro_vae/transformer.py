@@ -12,8 +12,9 @@ import numpy as np
 import pyro
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, check_random_state, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, validate_data
 
+from pyro_vae.conditional import expected_value
 from pyro_vae.distributions import ConditionalMultivariateNormal, ConditionalNormal, LearnedScale, StandardNormal
 from pyro_vae.importance import importance_sampling
 from pyro_vae.networks import MLP
@@ -86,14 +87,23 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """E_q[z|x] of each row, (N, n_components)."""
+        """E_q[z|x] of each row, (N, n_components); where it is not known (flows), the mean of `num_particles` draws."""
         check_is_fitted(self)
-        return self.vae_.encode(self._tensor(X)).mean.numpy()
+        q_z = self.vae_.encode(self._tensor(X))
+        mean = expected_value(q_z)
+        if mean is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                mean = sum(q_z.sample() for _ in range(self.num_particles)) / self.num_particles
+        return mean.numpy()
 
     def inverse_transform(self, Z: Any) -> np.ndarray:
         """E[x|z] of each row, (N, features)."""
         check_is_fitted(self)
-        return self.vae_.decode(torch.as_tensor(np.asarray(Z), dtype=torch.get_default_dtype())).mean.numpy()
+        z = torch.as_tensor(check_array(Z), dtype=torch.get_default_dtype())
+        if z.shape[1] != self.n_components:
+            raise ValueError(f"inverse_transform: expected {self.n_components} components, got {z.shape[1]}.")
+        return self.vae_.decode(z).mean.numpy()
 
     def score_samples(self, X: Any) -> np.ndarray:
         """log p(x) of each row by importance sampling, (N,), nats: a lower bound in expectation."""
@@ -109,6 +119,11 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of `score_samples`: what cross-validation maximises."""
         return float(self.score_samples(X).mean())
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
 
     @property
     def _n_features_out(self) -> int:

@@ -24,7 +24,7 @@ from pyro_vae.traces import evaluation_mode
 
 __all__ = ["VAE"]
 
-ROWS_AT_ONCE = 4096  # of generate and reconstruct
+ROWS_AT_ONCE = 4096  # of generate, reconstruct and similar
 
 
 class VAE(nn.Module):
@@ -169,14 +169,16 @@ class VAE(nn.Module):
             (size, N, *event).
         """
 
+        if size < 1:
+            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
+        draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
+
         def rows(start: int, stop: int) -> Tensor:
             c = [c[start:stop] for c in context]
             q_z = self.encode(x[start:stop], *c)
-            return torch.stack([_value(self.decode(q_z.sample(), *c), mean) for _ in range(size)], 1)
+            return torch.cat([_value(self.decode(q_z.sample((s,)), *c), mean) for s in draws]).movedim(0, 1)
 
-        if size < 1:
-            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
-        return _in_chunks(rows, len(x)).movedim(1, 0)
+        return _in_chunks(rows, len(x), size).movedim(1, 0)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -258,10 +260,11 @@ def _value(distribution: Any, mean: bool) -> Tensor:
     return distribution.sample() if value is None else value
 
 
-def _in_chunks(rows: Callable[[int, int], Tensor], size: int) -> Tensor:
+def _in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
     if size < 1:
         raise ValueError(f"expected at least one row, got {size}.")
-    return torch.cat([rows(i, min(i + ROWS_AT_ONCE, size)) for i in range(0, size, ROWS_AT_ONCE)])
+    at_once = max(1, ROWS_AT_ONCE // draws)
+    return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
 
 
 def _mismatch(role: str, distribution: Any, expected: str) -> None:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "imputation": {"checks", "particles", "traces"},
     "diagnostics": {"particles", "traces"},
     "stacking": {"conditional", "training", "vae"},
-    "transformer": {"distributions", "importance", "networks", "training", "vae"},
+    "transformer": {"conditional", "distributions", "importance", "networks", "training", "vae"},
     "denoising": set(),
     "sandwich": {"annealing", "evidence", "particles", "traces"},
     "annealing": {"adaptation", "densities", "evidence", "particles", "proposals"},

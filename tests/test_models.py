@@ -498,6 +498,9 @@ def test_the_elbo_of_a_low_rank_posterior_is_that_of_the_full_one():
     for q in (low, full):
         vae = VAE(StandardNormal(4), likelihood, q)
         assert -TraceMeanField_ELBO().loss(vae.model, vae.guide, x) == pytest.approx(exact, rel=1e-5)
+        c = covariance.diagonal(dim1=-2, dim2=-1)
+        usage = latent_usage(vae.model, vae.guide, x)
+        torch.testing.assert_close(usage.kl, 0.5 * (c + m.square() - 1 - c.log()).mean(0), rtol=1e-4, atol=1e-5)
     # where x does depend on it, so do both: E log p(x|z) = log N(x; W m + b, s²) − tr(W Σ Wᵀ)/2s²
     weight = torch.randn(3, 4)
     set_linear(likelihood, weight, torch.ones(3))
