@@ -91,30 +91,43 @@ class Broadcasting(nn.Module, ABC):
 class Conditional(Broadcasting):
     """Abstract: a network and a linear head that give the parameters of a distribution of y given inputs.
 
-    A family says which parameters it needs (`parameter_shapes` to the constructor) and how they make a
-    distribution (`distribution`). Everything left of the events is batch: it is flattened before the network and
-    restored after it, so that convolutions and batch norm work under any number of plates and particles.
+    A family says how its raw parameters make a distribution, and how many there are: `num_parameters`, each of the
+    event's shape, unless it passes other shapes to the constructor. Everything left of the events is batch: it is
+    flattened before the network and restored after it, so that convolutions and batch norm work under any number of
+    plates and particles.
 
     Args:
         network: maps inputs (B, *event) to features (B, features); None: the parameters are learned and depend on
             nothing, as those of a prior.
         event_shape: shape of one y.
-        parameter_shapes: shape of each parameter of one y.
         features: what the network puts out: a width, or (channels, height, width) of a feature map, which the
             head maps pixel by pixel. Default: `network.out_features`, or that of its last linear layer.
+        parameter_shapes: for families: shape of each parameter of one y.
+
+    Example:
+        >>> class ConditionalGamma(Conditional):  # a family of one's own
+        ...     num_parameters = 2
+        ...     def distribution(self, shape, rate):
+        ...         return dist.Gamma(positive(shape), positive(rate)).to_event(len(self.event_shape))
+        >>> ConditionalGamma(nn.Linear(2, 16), 5)(torch.zeros(3, 2)).sample().shape
+        torch.Size([3, 5])
     """
+
+    num_parameters: ClassVar[int] = 1
 
     def __init__(
         self,
         network: nn.Module | None,
         event_shape: int | Sequence[int],
-        parameter_shapes: Sequence[Sequence[int]],
-        features: int | Sequence[int] | None,
+        *,
+        features: int | Sequence[int] | None = None,
+        parameter_shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.event_shape = event_shape_of(event_shape)
-        self._shapes = [tuple(shape) for shape in parameter_shapes]
+        shapes = [self.event_shape] * self.num_parameters if parameter_shapes is None else parameter_shapes
+        self._shapes = [tuple(shape) for shape in shapes]
         if network is None:
             self.free = nn.Parameter(torch.zeros(sum(map(prod, self._shapes))))
             return

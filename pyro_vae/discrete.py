@@ -35,15 +35,6 @@ class ConditionalBernoulli(Conditional):
         torch.Size([5, 28, 28])
     """
 
-    def __init__(
-        self,
-        network: nn.Module | None,
-        event_shape: int | Sequence[int],
-        *,
-        features: int | Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(network, event_shape, [event_shape_of(event_shape)], features)
-
     def distribution(self, logits: Tensor) -> Any:
         return dist.Bernoulli(logits=logits).to_event(len(self.event_shape))
 
@@ -76,7 +67,7 @@ class ConditionalCategorical(Conditional):
         features: int | Sequence[int] | None = None,
     ) -> None:
         shape = event_shape_of(event_shape)
-        super().__init__(network, shape, [(*shape, num_categories)], features)
+        super().__init__(network, shape, features=features, parameter_shapes=[(*shape, num_categories)])
 
     def distribution(self, logits: Tensor) -> Any:
         return dist.Categorical(logits=logits).to_event(len(self.event_shape))
@@ -102,7 +93,7 @@ class ConditionalOneHotCategorical(Conditional):
     def __init__(
         self, network: nn.Module | None, num_categories: int, *, features: int | Sequence[int] | None = None
     ) -> None:
-        super().__init__(network, num_categories, [(num_categories,)], features)
+        super().__init__(network, num_categories, features=features, parameter_shapes=[(num_categories,)])
 
     def distribution(self, logits: Tensor) -> Any:
         return dist.OneHotCategorical(logits=logits)
@@ -123,15 +114,6 @@ class ConditionalPoisson(Conditional):
         >>> p(torch.zeros(4, 2)).mean.shape
         torch.Size([4, 5])
     """
-
-    def __init__(
-        self,
-        network: nn.Module | None,
-        event_shape: int | Sequence[int],
-        *,
-        features: int | Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(network, event_shape, [event_shape_of(event_shape)], features)
 
     def distribution(self, raw_rate: Tensor) -> Any:
         return dist.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
@@ -164,7 +146,7 @@ class ConditionalNegativeBinomial(Conditional):
         features: int | Sequence[int] | None = None,
     ) -> None:
         shape = event_shape_of(event_shape)
-        super().__init__(network, shape, [shape] * (1 + (total_count is None)), features)
+        super().__init__(network, shape, features=features, parameter_shapes=[shape] * (1 + (total_count is None)))
         self.keep("total_count", total_count)
 
     def distribution(self, raw_mean: Tensor, raw_count: Tensor | None = None) -> Any:

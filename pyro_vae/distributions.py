@@ -121,7 +121,9 @@ class ConditionalNormal(Conditional):
         features: int | Sequence[int] | None = None,
     ) -> None:
         shape = event_shape_of(event_shape)
-        super().__init__(network, shape, [shape] if scale is not None else [shape, shape], features)
+        super().__init__(
+            network, shape, features=features, parameter_shapes=[shape] if scale is not None else [shape, shape]
+        )
         if not 0 < smallest < 1:
             raise ValueError(f"ConditionalNormal: expected 0 < smallest < 1, got {smallest}.")
         self.smallest = smallest
@@ -161,7 +163,7 @@ class ConditionalMultivariateNormal(Conditional):
     ) -> None:
         shape = event_shape_of(event_shape)
         d = prod(shape)
-        super().__init__(network, shape, [(d,), (d,), (d * (d - 1) // 2,)], features)
+        super().__init__(network, shape, features=features, parameter_shapes=[(d,), (d,), (d * (d - 1) // 2,)])
         row, column = torch.tril_indices(d, d, offset=-1)
         self.register_buffer("_strictly_lower", row * d + column, persistent=False)
 
@@ -202,7 +204,7 @@ class ConditionalLowRankMultivariateNormal(Conditional):
         shape = event_shape_of(event_shape)
         if len(shape) != 1 or not 1 <= rank <= shape[0]:
             raise ValueError(f"low-rank Normal: expected a vector and 1 <= rank <= d, got {shape}, rank={rank}.")
-        super().__init__(network, shape, [shape, shape, (*shape, rank)], features)
+        super().__init__(network, shape, features=features, parameter_shapes=[shape, shape, (*shape, rank)])
         bias = self.free if network is None else self.head.bias
         with torch.no_grad():  # at F = 0 the gradient of F Fᵀ vanishes
             bias[2 * shape[0] :].normal_(std=0.1 / sqrt(rank))
@@ -239,7 +241,9 @@ class ConditionalStudentT(Conditional):
         features: int | Sequence[int] | None = None,
     ) -> None:
         shape = event_shape_of(event_shape)
-        super().__init__(network, shape, [shape] * (1 + (scale is None) + (df is None)), features)
+        super().__init__(
+            network, shape, features=features, parameter_shapes=[shape] * (1 + (scale is None) + (df is None))
+        )
         self.keep("df", df)
         self.keep("scale", scale)
 
@@ -265,15 +269,7 @@ class ConditionalBeta(Conditional):
         torch.Size([3])
     """
 
-    def __init__(
-        self,
-        network: nn.Module | None,
-        event_shape: int | Sequence[int],
-        *,
-        features: int | Sequence[int] | None = None,
-    ) -> None:
-        shape = event_shape_of(event_shape)
-        super().__init__(network, shape, [shape, shape], features)
+    num_parameters = 2
 
     def distribution(self, alpha: Tensor, beta: Tensor) -> Any:
         return dist.Beta(positive(alpha), positive(beta)).to_event(len(self.event_shape))
@@ -301,15 +297,6 @@ class ConditionalContinuousBernoulli(Conditional):
         torch.Size([3, 8, 8])
     """
 
-    def __init__(
-        self,
-        network: nn.Module | None,
-        event_shape: int | Sequence[int],
-        *,
-        features: int | Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(network, event_shape, [event_shape_of(event_shape)], features)
-
     def distribution(self, logits: Tensor) -> Any:
         return dist.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
 
@@ -332,15 +319,6 @@ class ConditionalDelta(Conditional):
         >>> q(torch.zeros(5, 784)).variance.max().item()
         0.0
     """
-
-    def __init__(
-        self,
-        network: nn.Module | None,
-        event_shape: int | Sequence[int],
-        *,
-        features: int | Sequence[int] | None = None,
-    ) -> None:
-        super().__init__(network, event_shape, [event_shape_of(event_shape)], features)
 
     def distribution(self, value: Tensor) -> Any:
         return dist.Delta(value, event_dim=len(self.event_shape))
