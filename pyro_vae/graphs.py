@@ -109,7 +109,7 @@ class _Captured:
 
     def __init__(self, run: Callable, held: int) -> None:
         self.run, self.held = run, held
-        self.left = 3  # runs before the capture, in which libraries set themselves up
+        self.left = 3.0  # runs before the capture, in which libraries set themselves up
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
@@ -119,9 +119,18 @@ class _Captured:
         held, inputs = arguments[: self.held], arguments[self.held :]
         places = [t.data_ptr() for t in held]
         if self.graph is None or places != self.places:
-            self.places, self.inputs, self.graph = places, [t.clone() for t in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = list(self.run(*held, *self.inputs))
+            self.places, self.inputs = places, [t.clone() for t in inputs]
+            try:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.outputs = list(self.run(*held, *self.inputs))
+            except RuntimeError as error:  # some operations cannot be captured
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(
+                    f"no CUDA graph of this function: kernels are launched one by one: {reason}", stacklevel=2
+                )
+                self.left = float("inf")
+                return list(self.run(*arguments))
         for place, value in zip(self.inputs, inputs, strict=True):
             place.copy_(value)
         self.graph.replay()

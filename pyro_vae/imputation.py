@@ -73,7 +73,7 @@ def impute(
             chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
             for name, site in sample_sites(model_trace).items():
                 if site["is_observed"] and ignores_missing(site):
-                    drawn = sampler.layout.align(site | {"value": _draw(site)}, rows)  # (K, N, …)
+                    drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
                     observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
                     index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
                     drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index)
@@ -82,7 +82,3 @@ def impute(
     if not pieces:
         raise ValueError("impute: no observed site takes NaN as missing. Try ObservedPart(likelihood).")
     return {name: torch.cat(values, 1) for name, values in pieces.items()}
-
-
-def _draw(site: dict) -> Tensor:
-    return site["fn"].sample()

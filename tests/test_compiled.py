@@ -23,6 +23,7 @@ from truths import linear_vae, small_vae
 from pyro_vae import VAE, CompiledELBO, ImportanceWeightedELBO, fit
 from pyro_vae import graphs as graphs_module
 from pyro_vae.distributions import ConditionalBernoulli, StandardNormal
+from pyro_vae.graphs import _Captured
 from pyro_vae.networks import MLP
 from pyro_vae.steps import Steps
 from pyro_vae.watch import Watch
@@ -583,3 +584,17 @@ def test_selections_by_a_mask_are_not_recorded():
     svi.step(torch.zeros(20))  # runs as it is
     with pytest.warns(UserWarning, match="may be another number in each call"):
         svi.step(torch.zeros(20))
+
+
+def test_what_cannot_be_captured_runs_without_a_cuda_graph(monkeypatch):
+    def refuse():
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    run = _Captured(lambda a, b: [a + b], 1)
+    held = torch.ones(2)
+    for value in (1.0, 2.0, 3.0):
+        assert run(held, torch.tensor(value))[0].tolist() == [1 + value] * 2
+    with pytest.warns(UserWarning, match="no CUDA graph .* not permitted when stream is capturing$"):
+        assert run(held, torch.tensor(4.0))[0].tolist() == [5.0] * 2
+    assert run(held, torch.tensor(5.0))[0].tolist() == [6.0] * 2  # and says so once
