@@ -17,10 +17,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.traces import evaluation_mode, plate_frames, sample_sites
+from pyro_vae.vectorized import PARTICLE_PLATE
 
-__all__ = ["PARTICLE_PLATE", "Layout"]
-
-PARTICLE_PLATE = "num_particles_vectorized"  # as Pyro's own vectorized ELBOs call it
+__all__ = ["Layout"]
 
 
 class Layout:

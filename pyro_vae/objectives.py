@@ -22,10 +22,11 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_vae.layout import PARTICLE_PLATE
 from pyro_vae.particles import check_num_particles
 from pyro_vae.traces import evaluation_mode, plate_frames, sample_sites, site_log_prob
+from pyro_vae.vectorized import PARTICLE_PLATE, check_vectorized
 
 __all__ = ["ImportanceWeightedELBO"]
 
@@ -123,6 +124,8 @@ class ImportanceWeightedELBO(ELBO):
                 first = poutine.trace(guide).get_trace(*args, **kwargs)
                 both = first, poutine.trace(poutine.replay(model, first)).get_trace(*args, **kwargs)
             self.max_plate_nesting = -min((f.dim for f in plate_frames(*both) if f.dim is not None), default=0)
+            if get_proxy_mode() is None:  # not in a recording, which compares no values
+                check_vectorized((guide, model), args, kwargs, both, 1 + self.max_plate_nesting)
             self._pair = model, guide
         guide_trace = self._trace(guide, args, kwargs)
         model_trace = self._trace(poutine.replay(model, guide_trace), args, kwargs)

@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae.checks import check_rows, check_support, ignores_missing
-from pyro_vae.layout import PARTICLE_PLATE, Layout
+from pyro_vae.layout import Layout
 from pyro_vae.traces import SetSubsample, StopAfter, evaluation_mode, sample_sites, site_log_prob, sum_product
+from pyro_vae.vectorized import PARTICLE_PLATE, check_vectorized
 
 __all__ = ["ParticleSampler", "Particles", "check_num_particles", "draw_particles"]
 
@@ -125,6 +126,7 @@ class ParticleSampler:
         self.layout = Layout(model, guide, args, kwargs or {}, plate)
         self.num_points = self.layout.num_points
         self._known_cells: int | None = None
+        self._check_vectorized()
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -236,12 +238,23 @@ class ParticleSampler:
             function = EnumMessenger(None if after else -1 - layout.width)(function)
         if replay is not None:  # outside of the enumeration, which has to see what a site's parameters depend on
             function = poutine.replay(function, replay)
-        subsample = nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), subsample:
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), self._subsample(rows):
             tracer = poutine.trace(function)
             with suppress(StopAfter.Done):
                 tracer(*args, **kwargs)
             return tracer.trace
+
+    def _subsample(self, rows: slice | None) -> Any:
+        """Sets the rows of a plate that holds its data itself."""
+        layout = self.layout
+        return nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
+
+    def _check_vectorized(self) -> None:
+        rows = None if self.layout.length is None else slice(0, 2)
+        args, kwargs = self.layout.cut(rows)
+        looks = self.layout.guide_trace, self.layout.model_trace
+        with self._subsample(rows):
+            check_vectorized((self.guide, self.model), args, kwargs, looks, self.layout.width)
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0

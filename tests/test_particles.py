@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from torch import nn
 from truths import LinearGaussian, small_vae
 
-from pyro_vae import draw_particles, importance_sampling
+from pyro_vae import ImportanceWeightedELBO, draw_particles, importance_sampling
 from pyro_vae.particles import ParticleSampler
 from pyro_vae.traces import evaluation_mode
 
@@ -304,3 +305,49 @@ def test_errors_about_data_name_the_row():
     for count in (0, -1):
         with pytest.raises(ValueError, match=f"num_particles: expected at least 1, got {count}"):
             importance_sampling(model, guide, torch.randn(3), num_particles=count)
+
+
+LEFT = {
+    "another number": lambda z, c: torch.softmax(z, 1),
+    "the wrong dimension": lambda z, c: z[:, :1].expand(*z.shape),
+    "no number": lambda z, c: torch.cat([z, c], -1)[..., :2],
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_dimensions_counted_from_the_left_are_refused(name):
+    """Trace_ELBO has no objection to them: there are no particles in it."""
+    c = torch.randn(20, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(LEFT[name](z, c[: len(x)]), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    x = torch.randn(20, 2)
+    Trace_ELBO().loss(model, guide, x)
+    message = r"of the model|the model does not run for two particles at once: .*Try to count dimensions from the right"
+    for tool in (
+        lambda: draw_particles(model, guide, x, num_particles=5),
+        lambda: importance_sampling(model, guide, x),
+        lambda: ImportanceWeightedELBO(5).loss(model, guide, x),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tool()
+
+
+def test_models_with_randomness_of_their_own_are_taken():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + torch.randn(2), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    assert draw_particles(model, guide, torch.randn(20, 2), num_particles=5).log_weight.shape == (5, 20)
