@@ -35,16 +35,17 @@ class BetaELBO(TraceMeanField_ELBO):
     `TraceMeanField_ELBO`.
 
     `loss`, which evaluates, and with it `fit`'s validation, always takes β = 1 and no capacity. A fit that ends at
-    another β says so. `importance_sampling` and all other tools know nothing of β.
+    another β, or with a capacity, says so. `importance_sampling` and all other tools know nothing of β.
 
     Args:
         beta: β ≥ 0; a number, or a function of the step (0 for the first one), such as `linear(…)`.
         capacity: C, nats per data point; a number, or a function of the step; default: none.
-        plate: name of the plate of data points, over which the capacity is a mean.
+        plate: name of the plate of data points, over which the capacity is a mean. The pair's scale is its too.
         num_particles: S ≥ 1 draws for E_q.
 
     Raises:
-        ValueError: a β or capacity that is negative; when called: a latent site that cannot be reparameterized.
+        ValueError: a β or capacity that is negative; when called: a latent site that cannot be reparameterized or that
+            the guide lacks, a capacity without a plate of this name.
 
     References:
         Higgins et al. (2017), beta-VAE, equation 4; Burgess et al. (2018), Understanding disentangling in β-VAE,
@@ -91,6 +92,11 @@ class BetaELBO(TraceMeanField_ELBO):
         """β of the last step."""
         return self._now["beta"].item()
 
+    @property
+    def capacity(self) -> float | None:
+        """C of the last step, nats per data point; None where there is none."""
+        return self._now["capacity"].item() if "capacity" in self._now else None
+
     def set_step(self, step: int) -> None:
         """Sets β and the capacity to those of a step. `fit` and `CompiledELBO` do; else `loss_and_grads`, which
         `pyro.infer.SVI` calls, counts its own calls."""
@@ -118,11 +124,22 @@ class BetaELBO(TraceMeanField_ELBO):
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         distortion, rate = self._terms(model_trace, guide_trace)
         if "capacity" in self._now:
-            sizes = [f.full_size for f in plate_frames(model_trace) if f.name == self.plate]
-            size = max([1, *sizes])
+            size = self._num_points(model_trace)
             rate = (rate / size - self._now["capacity"]).abs() * size
         loss = distortion + self._now["beta"] * rate
         return loss.detach(), loss
+
+    def _num_points(self, trace: Trace) -> Tensor | float:
+        """What the log-probabilities of the data points count for: B of them, times the scale of their plate."""
+        for site in sample_sites(trace).values():
+            for frame in site["cond_indep_stack"]:
+                if frame.name == self.plate:
+                    return frame.size * torch.as_tensor(site["scale"]).mean()
+        found = sorted({repr(f.name) for f in plate_frames(trace)})
+        raise ValueError(
+            f"BetaELBO: a capacity for each data point expects a plate {self.plate!r} of them, got "
+            f"{', '.join(found) or 'none'}. Try BetaELBO(…, plate=…)."
+        )
 
     @staticmethod
     def _terms(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
@@ -132,17 +149,27 @@ class BetaELBO(TraceMeanField_ELBO):
             if site["is_observed"]:
                 distortion = distortion - site["log_prob_sum"]
                 continue
-            q = guide_trace.nodes[name]
-            if not q["fn"].has_rsample:
+            if name not in guide_trace.nodes:
                 raise ValueError(
-                    f"BetaELBO: site {name!r}: {type(q['fn']).__name__} cannot be reparameterized. Try a distribution "
-                    "that can, or poutine.scale and Trace_ELBO."
+                    f"BetaELBO: latent site {name!r} is in the model alone, and nothing is summed out here. Try a site "
+                    "in the guide too, or TraceEnum_ELBO."
                 )
+            q = guide_trace.nodes[name]
             try:
                 kl = scale_and_mask(kl_divergence(q["fn"], site["fn"]), q["scale"], q["mask"]).sum()
             except NotImplementedError:
                 kl = q["log_prob_sum"] - site["log_prob_sum"]
             rate = rate + kl
+        for name, q in sample_sites(guide_trace).items():
+            if q["is_observed"]:
+                continue
+            if not q["fn"].has_rsample:
+                raise ValueError(
+                    f"BetaELBO: site {name!r}: {type(q['fn']).__name__} cannot be reparameterized. Try a distribution "
+                    "that can, or poutine.scale and Trace_ELBO."
+                )
+            if name not in model_trace.nodes:  # auxiliary: through which others are drawn
+                rate = rate + q["log_prob_sum"]
         return distortion, rate
 
 

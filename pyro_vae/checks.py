@@ -52,7 +52,7 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
         return
     bad = (~inside).reshape(len(inside), -1).any(1) if inside.dim() else ~inside.reshape(1)
     row = int(bad.nonzero()[0])
-    base = fn
+    base = getattr(fn, "complete", fn)
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
     family = type(base).__name__
@@ -62,6 +62,7 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     elif isinstance(base, dist.Normal):
         advice = "Try to fill in or drop values that are not finite."
     outside = value.reshape(len(inside), -1)[row] if inside.dim() else value.reshape(-1)
+    outside = outside[~outside.isnan()] if ignores_missing(site) else outside
     raise ValueError(
         f"site {name!r}: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
         f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "

@@ -103,7 +103,7 @@ def masking_noise(probability: float, value: float = 0.0) -> Corruption:
         tensor(0.7000)
     """
     _check(probability, "masking_noise")
-    return lambda x: torch.where(torch.rand_like(x) < probability, value, x)
+    return lambda x: torch.where(torch.rand(x.shape, device=x.device) < probability, value, x)
 
 
 def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:

@@ -49,7 +49,7 @@ class LatentUsage:
         lines = [f"{int(active.sum())} of {len(active)} dimensions of {self.site!r} are active"]
         if self.kl.isfinite().all():
             idle = f", {self.kl[~active].sum():.2f} of them in dimensions that are not" if (~active).any() else ""
-            lines.append(f"  KL(q‖p)   {self.kl.sum():.2f} nats{idle}")
+            lines.append(f"  KL of the marginals, summed: {self.kl.sum():.2f} nats{idle}")
         if (~active).any():
             lines.append(f"  collapsed {(~active).nonzero().flatten().tolist()}")
         return "\n".join(lines)
@@ -98,7 +98,7 @@ def latent_usage(
         ...         pyro.sample("z", dist.Normal(loc, torch.tensor([0.5**0.5, 1.0])).to_event(1))
         >>> latent_usage(model, guide, torch.linspace(-2.0, 2.0, 100))
         1 of 2 dimensions of 'z' are active
-          KL(q‖p)   0.27 nats, 0.00 of them in dimensions that are not
+          KL of the marginals, summed: 0.27 nats, 0.00 of them in dimensions that are not
           collapsed [1]
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
@@ -115,17 +115,22 @@ def latent_usage(
             marginals = [_marginals(s["fn"]) for s in (q, p)]
             if all(m is not None for m in marginals):
                 kl = kl_divergence(*marginals).expand(q["value"].shape)
-                kls.append(sampler.layout.align(q | {"value": kl}, rows)[0].flatten(1))  # (N, D)
+                kls.append(_vectors(sampler.layout.align(q | {"value": kl}, rows)[0]))  # (N, D)
             try:
                 mean = sampler.layout.align(q | {"value": q["fn"].mean.expand(q["value"].shape)}, rows)[0]
             except NotImplementedError:
                 draws = sampler.draw(num_particles, rows, check=False).latents[name]  # (K, N, *event)
                 mean = draws.mean(0)
-                noise = noise + draws.var(0).flatten(1).sum(0) / num_particles / sampler.num_points
-            means.append(mean.flatten(1))
+                noise = noise + _vectors(draws.var(0)).sum(0) / num_particles / sampler.num_points
+            means.append(_vectors(mean))
     mean = torch.cat(means)
     kl = torch.cat(kls).mean(0) if kls else mean.new_full(mean.shape[1:], torch.nan)
     return LatentUsage(name, kl, (mean.var(0) - noise).clamp(min=0.0), threshold)
+
+
+def _vectors(value: Tensor) -> Tensor:
+    """(N, *event) as (N, D)."""
+    return value.reshape(len(value), -1)
 
 
 def _marginals(distribution: Any) -> Normal | None:

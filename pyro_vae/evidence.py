@@ -30,7 +30,7 @@ from torch import Tensor
 from pyro_vae.pareto import fit_tail, tail_length
 from pyro_vae.particles import ParticleSampler
 from pyro_vae.progress import progress_bar
-from pyro_vae.traces import evaluation_mode
+from pyro_vae.traces import evaluation_mode, sample_sites
 
 __all__ = ["UPPER_BOUND", "Evidence", "LogWeightSummary", "collect", "pareto_khat"]
 
@@ -139,6 +139,11 @@ def collect(
     """
     bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
     sampler.layout.check_density()
+    if not any(site["is_observed"] for site in sample_sites(sampler.layout.model_trace).values()):
+        raise ValueError(
+            "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "
+            "order of the arguments, (model, guide, x)."
+        )
     parts = []
     with torch.no_grad(), evaluation_mode():
         rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)

@@ -67,6 +67,8 @@ class ConditionalFlow(Broadcasting):
             raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        for module in self.transforms_modules:  # those of Pyro are not called as modules are, and have no hooks
+            module.train(self.training)
         fixed = isinstance(self.base, torch.distributions.Distribution)
         base = condition(self.base, *(() if fixed else inputs), event_dims=event_dims, role="base of the flow")
         context = None
@@ -77,6 +79,16 @@ class ConditionalFlow(Broadcasting):
                 context = self.network(*rows)
                 context = context.reshape(*batch, context.shape[-1])
         return _Flow(base, [self._transform(t, context) for t in self.transforms])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last draw, which Pyro's transforms keep: a copy of a flow that was used has weights alone."""
+        for module in self.transforms_modules.modules():
+            for name, value in vars(module).items():
+                if name == "_cached_x_y":
+                    setattr(module, name, (None, None))
+                elif isinstance(value, Tensor) and not value.is_leaf:
+                    setattr(module, name, None)
+        return vars(self).copy()
 
     @staticmethod
     def _transform(transform: Any, context: Tensor | None) -> Transform:
@@ -111,16 +123,27 @@ class _Flow(dist.TransformedDistribution):
         for transform in self.transforms:
             previous, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(previous, value)
-            log_prob = log_prob - jacobian.reshape(*log_prob.shape, -1).sum(-1)
+            elements = range(1 - transform.domain.event_dim)  # of a transformation of single elements: to be summed
+            log_prob = log_prob - (jacobian.sum([-1 - i for i in elements]) if elements else jacobian)
         self._draw = value, log_prob, value._version
         return value
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:
         with torch.no_grad():
-            return self.rsample(sample_shape) if self.has_rsample else super().sample(sample_shape)
+            value = self.rsample(sample_shape) if self.has_rsample else super().sample(sample_shape)
+        if torch.is_grad_enabled():
+            self._draw = None  # its log-probability has no gradient
+        return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
             return self._draw[1]
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # conditional transforms do not broadcast
-        return super().log_prob(value.expand(*batch, value.shape[-1]))
+        try:
+            return super().log_prob(value.expand(*batch, value.shape[-1]))
+        except (KeyError, NotImplementedError) as error:
+            names = ", ".join(type(t).__name__ for t in self.transforms)
+            raise NotImplementedError(
+                f"flow of {names}: one of them has no inverse, so that only its own draws can be scored. Try affine or "
+                "spline transformations."
+            ) from error

@@ -180,6 +180,11 @@ def prior_sampling(
         True
     """
     num_particles = check_num_particles(num_particles)
+    if guide is not None and not callable(guide):
+        raise TypeError(
+            f"prior_sampling: guide: expected a function or None, got {type(guide).__name__}. Try "
+            "prior_sampling(model, None, x): the second place is that of the guide in the other estimators."
+        )
     sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
     sampler.guide = StopAfter(sampler.layout.latents)(sampler.guide)  # the model runs once for each draw, not twice
     kernel = _compiled(sampler, compile, num_particles, chunk_size)

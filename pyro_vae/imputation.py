@@ -44,11 +44,12 @@ def impute(
         **kwargs: what both are called with.
 
     Returns:
-        {site: (S, N, *inner plates, *event)} for each observed site that has missing values; observed values as they
+        {site: (S, N, *inner plates, *event)} for each observed site that takes NaN as missing; observed values as they
         are.
 
     Raises:
-        ValueError: no observed site takes NaN as missing; a pair that `draw_particles` refuses.
+        ValueError: no observed site takes NaN as missing; discrete latents that the model sums out; a pair that
+            `draw_particles` refuses.
 
     Example:
         >>> from pyro_vae import VAE
@@ -65,6 +66,11 @@ def impute(
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    if sampler.layout.summed:
+        raise ValueError(
+            f"impute: latent sites {sorted(sampler.layout.summed)} are summed out in the model, so that there is no "
+            "draw of them to go with x. Try a guide that draws them."
+        )
     pieces: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluation_mode():
         for rows in sampler.chunks(num_particles, together=num_particles)[0]:

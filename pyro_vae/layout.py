@@ -37,6 +37,12 @@ class Layout:
     """
 
     def __init__(self, model: Callable, guide: Callable, args: tuple, kwargs: dict, plate: str | None) -> None:
+        for role, function in (("model", model), ("guide", guide)):
+            if not callable(function) or isinstance(function, Tensor):
+                raise TypeError(
+                    f"{role}: expected a function, got {type(function).__name__}. Try tool(model, guide, x), with "
+                    "vae.model and vae.guide of a VAE."
+                )
         self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, kwargs, plate
         self.length: int | None = None
         self.fixed: int | None = None
@@ -116,7 +122,8 @@ class Layout:
             guide, model = (", ".join(sorted(map(str, d))) or "none" for d in dims)
             raise ValueError(
                 f"plate {self.plate!r}: expected it in model and guide, vectorized, at one dim; got dim {model} in the "
-                f"model and {guide} in the guide. Try pyro.plate(…, dim=-1), the same everywhere."
+                f"model and {guide} in the guide. Try pyro.plate(…, dim=-1), the same everywhere, or plate=None for "
+                "the joint evidence where the latents are outside of it."
             )
         return dims[0].pop()
 

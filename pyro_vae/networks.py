@@ -199,9 +199,14 @@ def _check_shape(where: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 def _concatenate(x: Tensor, context: tuple[Tensor, ...], size: int) -> Tensor:
     got = sum(c.shape[-1] for c in context)
-    if got != size:
-        raise ValueError(
-            f"network: expected context of total width {size}, got {[tuple(c.shape) for c in context]}. "
-            f"Try context_size={got}, and labels as one-hot vectors."
+    if got != size or any(c.dim() != 2 for c in context):
+        shapes = ", ".join(str(tuple(c.shape)) for c in context) or "none"
+        advice = (
+            "to pass the context behind x, as in fit(model, guide, (x, c)) and vae.generate(None, c)"
+            if not context
+            else f"context_size={got}, and labels as one-hot vectors"
+            if all(c.dim() == 2 for c in context)
+            else "c.flatten(1) for several dimensions, c.unsqueeze(-1) for none, one-hot vectors for labels"
         )
+        raise ValueError(f"network: expected context of total width {size}, (N, width), got {shapes}. Try {advice}.")
     return torch.cat([x, *context], dim=-1) if context else x

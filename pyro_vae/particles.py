@@ -267,6 +267,15 @@ class ParticleSampler:
             check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
             for name, site in observed.items():
                 check_support(name, site, start=start)
+            for name in self.layout.latents & guide_trace.nodes.keys():
+                value = self.layout.align(guide_trace.nodes[name], rows)  # (K, N, …)
+                bad = value.isnan().transpose(0, 1).flatten(1).any(1)
+                if bad.any():
+                    raise ValueError(
+                        f"site {name!r} of the guide: draws that are NaN, the first at row "
+                        f"{start + int(bad.nonzero()[0])}. Try to look at its parameters there; for data "
+                        "with missing values, MaskedInput(network) in the encoder."
+                    )
         return model_trace
 
     # -- weighing -----------------------------------------------------------------------------------------------------

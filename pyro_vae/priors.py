@@ -54,6 +54,8 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, num_components: int, event_shape: int | Sequence[int], *, spread: float = 1.0) -> None:
         super().__init__()
+        if num_components < 1:
+            raise ValueError(f"GaussianMixture: expected at least one component, got {num_components}.")
         shape = event_shape_of(event_shape)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(spread * torch.randn(num_components, *shape))
@@ -68,7 +70,8 @@ class VampPrior(nn.Module):
     r"""The variational mixture of posteriors, p(z) = 1/K Σ_k q(z|u_k), with learned pseudo-inputs u_k.
 
     The mixture of q(z|x_n) over the data is the prior that maximises the ELBO; K pseudo-inputs stand in for the data.
-    The posterior is shared with the VAE, which trains it, and is no part of this module's `state_dict`.
+    The posterior is shared with the VAE, which trains it, and is no part of this module's `state_dict`; give a VAE that
+    gets another posterior another VampPrior.
 
     Args:
         posterior: the q(z|x) of the same VAE.

@@ -16,7 +16,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Size, Tensor
-from torch.distributions import Independent, constraints
+from torch.distributions import Independent, biject_to, constraints
 
 from pyro_vae.conditional import Broadcasting, Conditional, condition, expected_value
 
@@ -52,7 +52,8 @@ class ConditionalProduct(Broadcasting):
         super().__init__()
         self.parts = torch.nn.ModuleList(parts)
         networks = {id(getattr(part, "network", None)) for part in parts}
-        self._shares = len(networks) == 1 and all(isinstance(p, Conditional) and p.network is not None for p in parts)
+        plain = all(isinstance(p, Conditional) and type(p).forward is Conditional.forward for p in parts)
+        self._shares = plain and len(networks) == 1 and parts[0].network is not None
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
         if self._shares and inputs:
@@ -105,7 +106,10 @@ class Product(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return torch.cat([expected_value(part) for part in self.parts], -1)
+        means = [expected_value(part) for part in self.parts]
+        if any(m is None for m in means):
+            raise NotImplementedError("product: the mean of one of its parts is not known")
+        return torch.cat(means, -1)
 
     @property
     def variance(self) -> Tensor:
@@ -136,6 +140,11 @@ class _Elements(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         inside = self.constraint.check(value)
         return inside if self.constraint.event_dim == 0 else inside.unsqueeze(-1).expand(value.shape)
+
+
+@biject_to.register(_Elements)
+def _bijection(elements: _Elements) -> Any:
+    return biject_to(elements.constraint)
 
 
 class ObservedPart(Broadcasting):
@@ -181,6 +190,7 @@ class Observed(dist.TorchDistribution):
     def __init__(self, complete: Any) -> None:
         self.complete = complete
         self._parts = complete.parts if isinstance(complete, Product) else [complete]
+        self._sizes = complete.sizes if isinstance(complete, Product) else list(complete.event_shape[-1:])
         for part in self._parts:
             if len(part.event_shape) and _elements(part) is None:
                 raise TypeError(
@@ -198,7 +208,8 @@ class Observed(dist.TorchDistribution):
 
     @property
     def support(self) -> Any:
-        return _OrMissing(self.complete.support)
+        elements = [_elements(part) if self.event_shape else part for part in self._parts]
+        return _OrMissing([e.support for e in elements], self._sizes, len(self.event_shape))
 
     @property
     def mean(self) -> Tensor:
@@ -217,29 +228,24 @@ class Observed(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if not self.event_shape:
             return _log_prob(self.complete, value)
-        sizes = self.complete.sizes if isinstance(self.complete, Product) else [value.shape[-1]]
-        parts = zip(self._parts, value.split(sizes, -1), strict=True)
+        parts = zip(self._parts, value.split(self._sizes, -1), strict=True)
         dims = tuple(range(-len(self.event_shape), 0))
         return sum(_log_prob(_elements(part), x).sum(dims) for part, x in parts)
 
 
 class _OrMissing(constraints.Constraint):
-    """A constraint, or NaN, element by element."""
+    """Constraints of elements, in runs of these sizes, or NaN."""
 
-    def __init__(self, constraint: Any) -> None:
-        self.constraint, self.event_dim = constraint, constraint.event_dim
-        self.is_discrete = constraint.is_discrete
+    def __init__(self, supports: list[Any], sizes: list[int], event_dim: int) -> None:
+        self.supports, self.sizes, self.event_dim = supports, sizes, event_dim
+        self.is_discrete = all(s.is_discrete for s in supports)
 
     def check(self, value: Tensor) -> Tensor:
-        missing = value.isnan()
-        if not missing.any():
-            return self.constraint.check(value)
-        filled = [torch.where(missing, fill, value) for fill in (0.5, 0.0, 1.0)]  # one of them is in each support
-        base = self.constraint
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
-        inside = torch.stack([base.check(x) for x in filled]).any(0)
-        return inside.flatten(-self.event_dim).all(-1) if self.event_dim else inside
+        if not self.event_dim:
+            return self.supports[0].check(_filled(value, self.supports[0]))
+        runs = zip(self.supports, value.split(self.sizes, -1), strict=True)
+        inside = torch.cat([support.check(_filled(x, support)) for support, x in runs], -1)
+        return inside.flatten(-self.event_dim).all(-1)
 
 
 def _elements(part: Any) -> Any:
@@ -249,8 +255,12 @@ def _elements(part: Any) -> Any:
     return None
 
 
+def _filled(value: Tensor, support: Any) -> Tensor:
+    """With values inside the support, and not at its end, in place of those that are missing."""
+    fill = value.new_zeros(()) if support.is_discrete else biject_to(support)(value.new_zeros(()))
+    return torch.where(value.isnan(), fill, value)
+
+
 def _log_prob(elements: Any, value: Tensor) -> Tensor:
     """log p of each element, zero where it is missing; a gradient that is not finite has nowhere to come from."""
-    missing = value.isnan()
-    fill = 0.0 if elements.support.is_discrete else 0.5  # inside every support in use, and not at its end
-    return elements.log_prob(torch.where(missing, fill, value)).masked_fill(missing, 0.0)
+    return elements.log_prob(_filled(value, elements.support)).masked_fill(value.isnan(), 0.0)

@@ -89,21 +89,15 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def transform(self, X: Any) -> np.ndarray:
         """E_q[z|x] of each row, (N, n_components); where it is not known (flows), the mean of `num_particles` draws."""
         check_is_fitted(self)
-        q_z = self.vae_.encode(self._tensor(X))
-        mean = expected_value(q_z)
-        if mean is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                mean = sum(q_z.sample() for _ in range(self.num_particles)) / self.num_particles
-        return mean.numpy()
+        return self._mean(self.vae_.encode(self._tensor(X)))
 
     def inverse_transform(self, Z: Any) -> np.ndarray:
-        """E[x|z] of each row, (N, features)."""
+        """E[x|z] of each row, (N, features), likewise."""
         check_is_fitted(self)
         z = torch.as_tensor(check_array(Z), dtype=torch.get_default_dtype())
         if z.shape[1] != self.n_components:
             raise ValueError(f"inverse_transform: expected {self.n_components} components, got {z.shape[1]}.")
-        return self.vae_.decode(z).mean.numpy()
+        return self._mean(self.vae_.decode(z))
 
     def score_samples(self, X: Any) -> np.ndarray:
         """log p(x) of each row by importance sampling, (N,), nats: a lower bound in expectation."""
@@ -119,6 +113,14 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def score(self, X: Any, y: Any = None) -> float:
         """Mean of `score_samples`: what cross-validation maximises."""
         return float(self.score_samples(X).mean())
+
+    def _mean(self, distribution: Any) -> np.ndarray:
+        mean = expected_value(distribution)
+        if mean is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                mean = sum(distribution.sample() for _ in range(self.num_particles)) / self.num_particles
+        return mean.numpy()
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -24,6 +24,7 @@ from pyro_vae.traces import evaluation_mode
 
 __all__ = ["VAE"]
 
+MASK = "Try MaskedInput(network), a network of twice the width that sees what is missing."
 ROWS_AT_ONCE = 4096  # of generate, reconstruct and similar
 
 
@@ -33,11 +34,12 @@ class VAE(nn.Module):
     Each role is filled by anything that returns a distribution: a conditional distribution of this package, an
     `nn.Module` or function, a fixed distribution (as prior), a `pyro.distributions.ConditionalDistribution`, a Zuko
     flow.
-    Further arguments of `model` and `guide` are context c, for p(x|z, c) and q(z|x, c).
+    Further arguments of `model` and `guide` are context c, for p(x|z, c) and q(z|x, c); p(z) does not depend on it.
 
     Weights are registered with Pyro when the model or guide runs, as `name$$$role.parameter`, so that
     `pyro.infer.SVI` trains them. A second VAE of the same name gets a name of its own ("vae_2") there: two VAEs never
-    share weights. Frozen parameters (`requires_grad_(False)`) stay frozen.
+    share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Save them with
+    `pyro_vae.checkpoint.save_weights`: what is in Pyro's store cannot be pickled.
 
     Args:
         prior: called without arguments (or a fixed distribution), p(z).
@@ -83,7 +85,7 @@ class VAE(nn.Module):
         with pyro.plate("data", size):
             p_z = self._condition("prior")
             z = pyro.sample("z", p_z)
-            dims = [p_z.event_dim, *(c.dim() - 1 for c in context)]
+            dims = [p_z.event_dim, *_event_dims(*context)]
             p_x = self._condition("likelihood", z, *context, event_dims=dims)
             if x is not None:
                 self._check(p_x, x)
@@ -92,7 +94,12 @@ class VAE(nn.Module):
     def guide(self, x: Tensor, *context: Tensor) -> Tensor:
         """z ~ q(z|x, c) in plate "data", for x and c as in `model`. Returns z, (N, *event)."""
         with pyro.plate("data", len(x)):
-            q_z = self._condition("posterior", x, *context, event_dims=[c.dim() - 1 for c in (x, *context)])
+            try:
+                q_z = self._condition("posterior", x, *context, event_dims=_event_dims(x, *context))
+            except ValueError as error:
+                if not x.isnan().any():
+                    raise
+                raise ValueError(f"posterior: no distribution for rows with missing values (NaN). {MASK}") from error
             self._check_posterior(q_z, x)
             return pyro.sample("z", q_z)
 
@@ -102,16 +109,15 @@ class VAE(nn.Module):
     def encode(self, x: Tensor, *context: Tensor) -> Any:
         """q(z|x, c): a distribution with batch shape (N,)."""
         with evaluation_mode():
-            dims = [c.dim() - 1 for c in (x, *context)]
-            q_z = condition(self.posterior, x, *context, event_dims=dims, role="posterior")
+            q_z = condition(self.posterior, x, *context, event_dims=_event_dims(x, *context), role="posterior")
             self._check_posterior(q_z, x)
-            return q_z
+            return q_z.expand(x.shape[:1])
 
     @torch.no_grad()
     def decode(self, z: Tensor, *context: Tensor) -> Any:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
         with evaluation_mode():
-            dims = [len(self._latent_shape()), *(c.dim() - 1 for c in context)]
+            dims = [len(self._latent_shape()), *_event_dims(*context)]
             return condition(self.likelihood, z, *context, event_dims=dims, role="likelihood")
 
     def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
@@ -125,6 +131,10 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
+        if size is not None and not isinstance(size, int):
+            raise TypeError(
+                f"generate: expected an int or None as size, got {type(size).__name__}. Try generate(None, c)."
+            )
         size = size if size is not None else len(context[0]) if context else 1
 
         def rows(start: int, stop: int) -> Tensor:
@@ -255,6 +265,15 @@ class _Conditioned(nn.Module):
         return condition(self.part, *inputs, **options)
 
 
+def _event_dims(*rows: Tensor) -> list[int]:
+    """Of tensors of rows."""
+    for x in rows:
+        if not isinstance(x, Tensor) or not x.dim():
+            got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"VAE: expected tensors of rows, (N, *event), got {got}. Try torch.as_tensor(x).float().")
+    return [x.dim() - 1 for x in rows]
+
+
 def _value(distribution: Any, mean: bool) -> Tensor:
     value = expected_value(distribution) if mean else None
     return distribution.sample() if value is None else value
@@ -262,7 +281,7 @@ def _value(distribution: Any, mean: bool) -> Tensor:
 
 def _in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
     if size < 1:
-        raise ValueError(f"expected at least one row, got {size}.")
+        raise ValueError(f"expected at least one row, of data or to generate, got {size}.")
     at_once = max(1, ROWS_AT_ONCE // draws)
     return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
 

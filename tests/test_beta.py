@@ -1,6 +1,7 @@
 """The β-VAE's objective against Pyro's ELBO and the closed form of the linear case."""
 
 import math
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -136,3 +137,59 @@ def test_what_cannot_be():
     )
     with pytest.raises(ValueError, match="'z': OneHotCategorical cannot be reparameterized"):
         BetaELBO(1.0).differentiable_loss(vae.model, vae.guide, torch.zeros(4, 2))
+
+
+def test_auxiliary_sites_count():
+    """u ~ N(0, 1), z = u + N(0, 1): the entropy of u is part of the bound, as in TraceMeanField_ELBO."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Normal(u, 1.0))
+
+    losses = []
+    for loss in (TraceMeanField_ELBO(), BetaELBO(1.0)):
+        pyro.set_rng_seed(0)
+        losses.append(loss.differentiable_loss(model, guide, torch.zeros(1000)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_capacity_needs_its_plate_and_follows_its_scale():
+    """100 points of KL = ½: nothing is left at C = ½, whatever the scale."""
+
+    def model(x):
+        with pyro.plate("rows", 4 * len(x), subsample_size=len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("rows", 4 * len(x), subsample_size=len(x)):
+            pyro.sample("z", dist.Normal(1.0, 1.0))
+
+    x = torch.zeros(100)
+    with pytest.raises(ValueError, match=r"expects a plate 'data' of them, got 'rows'.*BetaELBO\(…, plate=…\)"):
+        BetaELBO(1.0, capacity=0.5).differentiable_loss(model, guide, x)
+    for scale in (1.0, 0.25):
+        pair = [pyro.poutine.scale(f, scale) for f in (model, guide)]
+        for capacity, penalty in ((0.5, 0.0), (0.2, 0.3)):
+            loss = BetaELBO(2.0, capacity=capacity, plate="rows")
+            rest = BetaELBO(0.0).differentiable_loss(*pair, x)
+            expected = 2 * 400 * scale * penalty
+            assert loss.differentiable_loss(*pair, x) - rest == pytest.approx(expected, abs=1e-2)
+            assert loss.capacity == pytest.approx(capacity)
+
+
+def test_latents_of_the_model_alone_are_refused():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+
+    warnings.simplefilter("ignore")  # Pyro's own
+    with pytest.raises(ValueError, match="site 'y' is in the model alone"):
+        BetaELBO(1.0).differentiable_loss(model, lambda x: None, torch.zeros(3))

@@ -1,12 +1,21 @@
 """Flows, low rank, priors and the variance of a decoder, against quadrature and closed forms."""
 
+import copy
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.distributions.transforms import affine_autoregressive, conditional_affine_autoregressive, spline_coupling
+from pyro.distributions.transforms import (
+    affine_autoregressive,
+    affine_coupling,
+    batchnorm,
+    conditional_affine_autoregressive,
+    matrix_exponential,
+    planar,
+    spline_coupling,
+)
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from torch import nn
 from torch.distributions import ComposeTransform, kl_divergence
@@ -255,3 +264,59 @@ def test_a_collapsed_scale_is_reported():
     for wrong in (lambda: LearnedScale(init=0.1, smallest=0.2), lambda: ConditionalNormal(MLP(1, []), 1, smallest=0.0)):
         with pytest.raises(ValueError, match="smallest"):
             wrong()
+
+
+def test_a_draw_without_gradients_is_scored_with_them():
+    flow = ConditionalFlow(ConditionalNormal(MLP(3, []), 2), [affine_autoregressive(2, [8])])
+    q = flow(torch.randn(4, 3))
+    (-q.log_prob(q.sample()).mean()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in flow.transforms_modules.parameters() if p.dim() == 2)
+
+
+def test_flows_that_others_accept():
+    """log|det| is a sum over what the transformation takes as an event."""
+    for make in (lambda: matrix_exponential(2), lambda: batchnorm(2).eval(), lambda: affine_coupling(2, [8])):
+        flow = ConditionalFlow(StandardNormal(2), [make()]).eval()
+        with torch.no_grad():
+            for p in flow.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        q = flow()
+        z = q.rsample((5,))
+        torch.testing.assert_close(q.log_prob(z), q.log_prob(z.clone()), atol=1e-4, rtol=1e-4)
+        plain = dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), q.transforms)
+        torch.testing.assert_close(q.log_prob(z), plain.log_prob(z.clone()), atol=1e-4, rtol=1e-4)
+
+
+def test_batch_norm_of_a_flow_is_frozen_in_evaluation():
+    normaliser = batchnorm(2)
+    vae = VAE(
+        ConditionalFlow(StandardNormal(2), [normaliser]),
+        ConditionalBernoulli(MLP(2, []), 3),
+        ConditionalMultivariateNormal(MLP(3, []), 2),
+    )
+    x = torch.bernoulli(torch.full((50, 3), 0.5))
+    Trace_ELBO().loss(vae.model, vae.guide, x)
+    before = normaliser.moving_mean.clone()
+    assert before.any()
+    importance_sampling(vae.model, vae.guide, x, num_particles=20, progress=False)
+    assert torch.equal(normaliser.moving_mean, before)
+
+
+def test_a_flow_that_was_used_can_be_copied():
+    flow = ConditionalFlow(ConditionalNormal(MLP(3, []), 2), [affine_autoregressive(2, [8]), spline_coupling(2)])
+    x = torch.randn(4, 3)
+    flow(x).rsample().sum()
+    again = copy.deepcopy(flow)
+    torch.manual_seed(0)
+    z = flow(x).rsample()
+    torch.manual_seed(0)
+    torch.testing.assert_close(again(x).rsample(), z)
+
+
+def test_what_cannot_be_inverted_says_so():
+    q = ConditionalFlow(StandardNormal(2), [planar(2)])()
+    assert q.log_prob(q.rsample()).isfinite()
+    with pytest.raises(NotImplementedError, match="flow of Planar: one of them has no inverse"):
+        q.log_prob(torch.zeros(2))
+    with pytest.raises(ValueError, match="at least one component"):
+        GaussianMixture(0, 2)

@@ -1,13 +1,25 @@
 """Missing values, mixed tables and interrupted fits, against closed forms and uninterrupted ones."""
 
+import math
+
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import config_enumerate
 from torch.distributions import MultivariateNormal
 from truths import small_vae
 
-from pyro_vae import VAE, fit, importance_sampling, impute
+from pyro_vae import (
+    VAE,
+    adaptive_importance_sampling,
+    annealed_importance_sampling,
+    fit,
+    importance_sampling,
+    impute,
+)
 from pyro_vae.distributions import (
+    ConditionalBeta,
     ConditionalCategorical,
     ConditionalMultivariateNormal,
     ConditionalNormal,
@@ -127,3 +139,79 @@ def test_a_fit_goes_on_where_it_was(tmp_path, compile):
     with pytest.raises(ValueError, match="of another model, guide or optimizer"):
         fit(other.model, other.guide, x, num_epochs=9, checkpoint=path, **options)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_a_missing_value_is_filled_inside_any_support():
+    p = ObservedPart(lambda z: dist.Uniform(10.0, 20.0).expand(z.shape).to_event(1))(torch.zeros(2, 3))
+    x = torch.tensor([[12.0, torch.nan, 15.0], [torch.nan, torch.nan, torch.nan]])
+    torch.testing.assert_close(p.log_prob(x), -torch.tensor([2.0, 0.0]) * math.log(10.0))
+    assert p.support.check(x).all()
+    assert p.support.check(x.masked_fill(x == 12, 9.0)).tolist() == [False, True]
+
+
+def test_what_is_outside_the_support_is_named_without_the_missing():
+    vae = VAE(
+        StandardNormal(2),
+        ObservedPart(ConditionalPoisson(MLP(2, []), 2)),
+        ConditionalNormal(MaskedInput(MLP(4, [])), 2),
+    )
+    x = torch.tensor([[1.0, torch.nan], [torch.nan, 2.5], [3.0, 1.0], [0.0, 1.0]])
+    with pytest.raises(
+        ValueError, match=r"1 of 4 rows lie outside the support of Poisson .* row 1, .*from 2\.5 to 2\.5"
+    ):
+        importance_sampling(vae.model, vae.guide, x, progress=False)
+
+
+def test_an_encoder_that_does_not_see_what_is_missing():
+    likelihood = ObservedPart(ConditionalNormal(MLP(2, []), 3, scale=1.0))
+    vae = VAE(StandardNormal(2), likelihood, ConditionalNormal(MLP(3, []), 2))
+    x = torch.randn(20, 3)
+    x[4, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"missing values \(NaN\)\. Try MaskedInput\(network\)"):
+        fit(vae.model, vae.guide, x, num_epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"site 'z' of the guide: draws that are NaN, the first at row 4"):
+        importance_sampling(vae.model, vae.guide, x, progress=False)
+
+
+def test_products_are_priors_and_posteriors_of_every_estimator():
+    """A Normal and a Beta, x observed of both."""
+
+    def family(size):
+        return ConditionalProduct(ConditionalNormal(MLP(size, []), 1), ConditionalBeta(MLP(size, []), 1))
+
+    prior = ConditionalProduct(ConditionalNormal(None, 1), ConditionalBeta(None, 1))
+    vae = VAE(prior, ConditionalNormal(MLP(2, []), 2, scale=0.7), family(2))
+    x = torch.randn(10, 2)
+    plain = importance_sampling(vae.model, vae.guide, x, num_particles=20_000, progress=False)
+    for estimator, options in (
+        (adaptive_importance_sampling, {"num_particles": 3000}),
+        (annealed_importance_sampling, {"num_particles": 64, "num_temperatures": 20}),
+    ):
+        found = estimator(vae.model, vae.guide, x, progress=False, **options)
+        error = (found.standard_error.square() + plain.standard_error.square()).sqrt()
+        assert ((found.log_evidence - plain.log_evidence).abs() < 5 * error + 1e-3).all()
+
+
+def test_a_product_calls_what_its_parts_are():
+    class Shifted(ConditionalNormal):
+        def forward(self, *inputs, event_dims=None):
+            return dist.Normal(super().forward(*inputs, event_dims=event_dims).mean + 100, 1.0).to_event(1)
+
+    network = MLP(2, [4])
+    parts = Shifted(network, 2), Shifted(network, 1)
+    assert (ConditionalProduct(*parts)(torch.zeros(5, 2)).mean > 90).all()
+
+
+def test_imputation_draws_no_latents_that_are_summed_out():
+    likelihood = ObservedPart(ConditionalNormal(None, 3))
+
+    @config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(0.5))
+            pyro.sample("x", likelihood().expand([len(x)]), obs=x)
+
+    x = torch.randn(20, 3)
+    x[4, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"latent sites \['y'\] are summed out in the model"):
+        impute(model, lambda x: None, x)

@@ -455,6 +455,23 @@ def test_usage_of_a_flow_is_estimated_from_draws():
     assert usage.active.tolist() == [True, True, False]
 
 
+def test_usage_of_a_latent_number():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))
+
+    x = torch.randn(50)
+    usage = latent_usage(model, guide, x)
+    expected = 0.5 * (0.5 + (x / 2).square() - 1 - math.log(0.5)).mean()
+    torch.testing.assert_close(usage.kl, expected.reshape(1))
+    torch.testing.assert_close(usage.variance_of_means, (x / 2).var().reshape(1))
+
+
 # -- low rank ---------------------------------------------------------------------------------------------------------
 
 
