@@ -74,6 +74,8 @@ class Comparison:
         bad = sum(n - d.num_points for d in self.differences.values())
         if bad:
             lines.append(f"  {bad} pairs are not finite and left out")
+        if any(evidence.doubtful.any() for evidence in self.evidence.values()):
+            lines.append("  doubtful: points with a k-hat above its threshold, or unknown, in either fit of a pair")
         return "\n".join(lines)
 
 

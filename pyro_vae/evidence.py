@@ -92,8 +92,8 @@ class Evidence:
         known = khat[~khat.isnan()]
         khat_line = f"median {known.median():.2f}, largest {known.max():.2f}; " if len(known) else ""
         lines = [
-            f"Evidence of {n} data points by {self.method}, {self.num_particles} particles each (nats)",
-            f"  mean log p(x)          {mean:.3f} ± {spread:.3f} (points) ± {error:.3f} (particles)",
+            f"Evidence of {n} data point{'s' * (n != 1)} by {self.method}, {self.num_particles} particles each (nats)",
+            f"  mean log p(x)          {mean:.3f}{f' ± {spread:.3f} (points)' * (n > 1)} ± {error:.3f} (particles)",
             f"  standard error         median {self.standard_error.nanmedian():.3f}, "
             f"largest {self.standard_error.nan_to_num(0).max():.3f}",
             f"  effective sample size  median {ess.nanmedian():.1f}, smallest {ess.nan_to_num(0).min():.1f}",

@@ -47,7 +47,8 @@ def importance_sampling(
     """Estimates log p(x) of each data point by importance sampling, log 1/K Σ p(x, z_k)/q(z_k|x), z_k ~ q(z|x).
 
     Works on any pair with its data points in a plate; runs without gradients and with modules in evaluation mode.
-    A row of `args` may depend on no other row. Discrete latents marked by `pyro.infer.config_enumerate` are summed
+    A row of `args` may depend on no other row, and many particles run at once, in a dimension left of the plates:
+    count dimensions from the right. Discrete latents marked by `pyro.infer.config_enumerate` are summed
     out, in the guide and in the model. Fails, and says so by k-hat and ESS, where q is narrower than the posterior or
     high-dimensional: `adaptive_importance_sampling` is for that.
 

@@ -260,6 +260,12 @@ class _Groups:
             for group, arrays in self._arrays.items()
             if arrays
         }
+        for what, given, known in (
+            ("dims", self.dims, {name for d in datasets.values() for name in d.data_vars}),
+            ("coords", self.coords, {dim for d in datasets.values() for dim in d.dims}),
+        ):
+            if unknown := given.keys() - known:
+                raise ValueError(f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}.")
         if arviz.__version__.startswith("0."):  # 1.x has the name InferenceData, for a DataTree
             return arviz.InferenceData(**datasets)
         return xr.DataTree.from_dict(datasets)

@@ -69,7 +69,8 @@ def draw_particles(
     """Draws K weighted particles for each data point of a (model, guide) pair.
 
     Modules run in evaluation mode; gradients flow unless `torch.no_grad()` says otherwise. All K × N particles are
-    held at once: for summaries of many, `importance_sampling` streams.
+    held at once: for summaries of many, `importance_sampling` streams. All run at once, in a dimension left of the
+    plates: a model or guide that counts dimensions from the left is refused.
 
     Args:
         model: a Pyro model, with the data points in a plate called `plate`, at any depth. Discrete latents that the
@@ -148,6 +149,8 @@ class ParticleSampler:
             together: how many particles of a row should pass at once; default: all K, so that rows come one after the
                 other where K is large. Work that is done once for each row is done faster for many.
         """
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
         together = max(1, num_particles if together is None else min(together, num_particles))
         cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
         rows = self.layout.fixed or self.num_points
@@ -330,6 +333,8 @@ class ParticleSampler:
 def check_num_particles(num_particles: int, name: str = "num_particles") -> int:
     if not num_particles >= 1:
         raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
+    if num_particles != int(num_particles):
+        raise ValueError(f"{name}: expected a whole number, got {num_particles}.")
     return int(num_particles)
 
 

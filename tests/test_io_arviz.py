@@ -167,6 +167,10 @@ def test_wrong_names_are_refused(truth, x):
         from_pyro_svi(truth.model, truth.guide, x, num_samples=2, dims={"z": ["a", "b", "c"]})
     with pytest.raises(ValueError, match=r"coords\['data'\]: expected 20 labels, got \(3,\)"):
         from_pyro_svi(truth.model, truth.guide, x, num_samples=2, coords={"data": [1, 2, 3]})
+    with pytest.raises(ValueError, match=r"dims: expected names among .*'x', 'z'.*, got \['q'\]"):
+        from_pyro_svi(truth.model, truth.guide, x, num_samples=2, dims={"q": ["latent"]})
+    with pytest.raises(ValueError, match=r"coords: expected names among \['chain', .*, got \['latents'\]"):
+        from_pyro_svi(truth.model, truth.guide, x, num_samples=2, coords={"latents": [1, 2]})
 
 
 def test_bad_data_are_refused(truth, x):
