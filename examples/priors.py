@@ -6,11 +6,11 @@ The KL term of the ELBO, averaged over the data, splits into two (Hoffman & John
 
 and only the second depends on the prior: it vanishes where p(z) is the aggregated posterior q(z). A standard Normal
 makes the encoder fill a disc; a prior that is learned can go where the codes are. Both terms are estimated from draws
-of the trained encoder, over the training images. Compared are N(0, I), a mixture of
-Normals, a mixture of posteriors q(z|u_k) at learned pseudo-inputs u_k (VampPrior), and a flow of splines, with the same
-encoder and decoder, on binary 8 × 8 digits with a latent plane. In so small an example a learned prior need not win:
-the decoder can warp the plane to fit N(0, I) as well, and 1300 images are few to learn a prior from. The picture shows
-what differs: where the codes lie, and how closely the prior follows them.
+of the trained encoder, over the training images. Compared are N(0, I), a mixture of Normals, a mixture of posteriors
+q(z|u_k) at learned pseudo-inputs u_k (VampPrior), and a flow of splines, with the same encoder and decoder, on binary
+8 × 8 digits with a latent plane. In so small an example a learned prior need not win: the decoder can warp the plane to
+fit N(0, I) as well, and 1300 images are few to learn a prior from. The picture shows what differs: where the codes lie,
+and how closely the prior follows them.
 
     python examples/priors.py
 

@@ -8,7 +8,9 @@ known, q is a point mass at it. The ELBO of labelled data has then no term in th
     J = Σ_unlabelled ELBO(x) + Σ_labelled [ELBO(x, y) + α log q(y|x)].
 
 All of it is one plain Pyro pair, made of conditional distributions of this package. The images without labels tell
-what digits look like; the labels have to name the groups, no more.
+what digits look like; the labels have to name the groups, no more. This pair is for training: with the term of the
+classifier it is no joint density, and estimators of log p(x, y) want a model that observes the labels it is given
+(`obs=`, `obs_mask=`).
 
     python examples/semi_supervised.py
 
