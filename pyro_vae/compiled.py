@@ -96,7 +96,8 @@ class CompiledELBO(ELBO):
     terms are recorded as operations: random stays random.
 
     Where a model decides by values what to do next (`if`, `.item()`, numpy) no graph can be had: then Pyro runs as it
-    is, and one warning names the place. So it does for arguments that require a gradient, and under effect handlers
+    is, and one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.)
+    So it does for arguments that require a gradient, and under effect handlers
     around the call.
 
     Args:
