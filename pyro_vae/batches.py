@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.checks import check_rows, check_support
 
@@ -43,20 +43,29 @@ class Batches:
     """
 
     def __init__(self, data: Any, batch_size: int, device: torch.device | None = None, name: str = "data") -> None:
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.name = batch_size, device, name
+        self._integers: dict[int, np.dtype] = {}  # of numpy columns
         self.loader = data if isinstance(data, DataLoader) else None
         self.columns: list[Tensor | np.ndarray] = []
         if self.loader is not None:
             self.num_rows = len(data.dataset) if hasattr(data.dataset, "__len__") else None
             return
         for i, column in enumerate(data if isinstance(data, (tuple, list)) else [data]):
-            if isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
-                column = _tensor(column)
-            if not isinstance(column, (Tensor, np.memmap)):
+            if not isinstance(column, (Tensor, np.ndarray)):
                 raise TypeError(
                     f"{name}[{i}]: expected a tensor, a numpy array, a tuple of these or a DataLoader, got "
-                    f"{type(column).__name__}. Try torch.as_tensor(…)."
+                    f"{type(column).__name__}. Try {_advice(column, name)}."
                 )
+            if isinstance(column, np.ndarray):
+                if column.dtype.kind not in "fciub":
+                    raise TypeError(
+                        f"{name}[{i}]: expected an array of numbers, got one of dtype {column.dtype}. "
+                        'Try x.astype("float32").'
+                    )
+                if column.dtype.kind in "iub":
+                    self._integers[i] = column.dtype
+                if not isinstance(column, np.memmap):
+                    column = _tensor(column)
             if not column.ndim:
                 raise ValueError(f"{name}[{i}]: expected rows, got a scalar. Try to add a first dimension.")
             self.columns.append(column)
@@ -98,6 +107,17 @@ class Batches:
             for rows in torch.randperm(self.num_rows, device=device).split(self.batch_size):
                 yield self.at(rows)
 
+    def explain(self, error: Exception) -> None:
+        """Adds to the error of a model or guide that does not take these data what they may have to do with it."""
+        for i, dtype in self._integers.items() if "dtype" in str(error) else ():
+            error.add_note(f'{self.name}[{i}] is a numpy array of {dtype}. Try x.astype("float32").')
+        if self.columns and self.columns[0].ndim == 1:
+            n = self.num_rows
+            error.add_note(
+                f"{self.name}[0] has shape ({n},): {n} rows, each a number. Where the networks take vectors, try "
+                f"x.reshape({n}, 1), or x.reshape(1, {n}) if it is one row."
+            )
+
     def check(self, incomplete: Container[int] = ()) -> None:
         """Raises ValueError for rows that are not finite; those of a DataLoader cannot be looked at beforehand.
         `incomplete` are the columns in which NaN stands for a missing value."""
@@ -126,6 +146,19 @@ class Batches:
         for batch in self.loader:
             columns = batch if isinstance(batch, (tuple, list)) else [batch]
             yield Batch(tuple(c if self.device is None else c.to(self.device) for c in columns), None)
+
+
+def _advice(data: Any, name: str) -> str:
+    """What to try instead of data of a type that is no data here."""
+    if isinstance(data, Dataset):
+        return f"a DataLoader of it: DataLoader({name}, batch_size=128, shuffle=True)"
+    if type(data).__name__ in ("DataFrame", "Series"):
+        return f'{name}.to_numpy(dtype="float32")'
+    if isinstance(data, dict):
+        return "a tuple of its values, in the order of the arguments of model and guide"
+    if isinstance(data, (str, bytes)) or data is None:
+        return "a tensor of rows, as torch.load or numpy.load read from a file"
+    return "torch.as_tensor(…)"
 
 
 def _tensor(x: Tensor | np.ndarray) -> Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["load_weights", "save_weights", "write"]
+__all__ = ["load_weights", "read", "save_weights", "write"]
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:
@@ -20,6 +20,9 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     Args:
         module: any module, e.g. a `VAE`.
         path: of the file; its folder exists.
+
+    Raises:
+        ValueError: there is no such folder, or `path` is one.
 
     Example:
         >>> import tempfile
@@ -37,6 +40,10 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
 def write(state: Any, path: str | Path) -> None:
     """Writes plain tensors, numbers, lists and dicts for `torch.load(path, weights_only=True)`, atomically."""
     path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: expected a file in a folder, got no folder {path.parent}. Try to make it first.")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected the name of a file, got that of a folder. Try {path / 'weights.pt'}.")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
@@ -49,6 +56,18 @@ def write(state: Any, path: str | Path) -> None:
         raise
 
 
+def read(path: str | Path, refusal: str) -> Any:
+    """What `write` wrote; ValueError with the message `refusal` for a file or folder that it cannot have written."""
+    if Path(path).is_dir():
+        raise ValueError(refusal)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever the reader makes of foreign bytes
+        raise ValueError(refusal) from error
+
+
 def load_weights(module: nn.Module, path: str | Path) -> None:
     """Loads weights written by `save_weights`, onto the module's device. If anything does not fit, nothing is changed.
 
@@ -57,9 +76,12 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        ValueError: names or shapes differ (the message lists them).
+        ValueError: names or shapes differ (the message lists them), or `save_weights` did not write the file.
     """
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    refusal = f"{path} was not written by save_weights. Try the file that was, or to save the weights again."
+    saved = read(path, refusal)
+    if not (isinstance(saved, dict) and all(isinstance(tensor, Tensor) for tensor in saved.values())):
+        raise ValueError(refusal)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     wrong = [

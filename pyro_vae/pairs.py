@@ -73,12 +73,33 @@ class Pair:
         guide = poutine.trace(self.guide).get_trace(*batch.inputs)
         return guide, poutine.trace(poutine.replay(self.model, guide)).get_trace(*batch.inputs)
 
+    def try_out(self, batches: Batches) -> None:
+        """Runs the pair on the first rows of other data than it was looked at with.
+
+        Raises:
+            ValueError: it does not take them. Those of a DataLoader cannot be looked at beforehand.
+        """
+        if not batches.columns:
+            return
+        batch = next(iter(batches))
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(), pyro.validation_enabled(False):
+                self.run(batch)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            got = ", ".join(str(tuple(x.shape[1:])) for x in batch.inputs)
+            refusal = ValueError(
+                f"{batches.name}: expected rows that model and guide take as they take those of data, got rows of "
+                f"shape {got}. Try data prepared in the same way. The error was: {error}"
+            )
+            batches.explain(refusal)
+            raise refusal from error
+
     def data_points(self, batch: Batch) -> int:
         return self.full_size or batch.size
 
     def move(self, device: str | torch.device | None) -> torch.device:
         if device is not None:
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+            device = _device(device)
             for module in self.modules:
                 module.to(device)
             for p in self.parameters:
@@ -140,6 +161,25 @@ class Pair:
         """Back to what was remembered, if the weights are not finite as they are."""
         if not all(torch.isfinite(t).all() for t in self.state()):
             self.restore(self._remembered)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'device: expected \'auto\' or a device of torch, got {device!r}. Try device="auto" or device="cpu".'
+        ) from error
+    if device.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= found:
+            raise ValueError(
+                f"device: expected one that is there, got {str(device)!r}, and this torch has "
+                f'{f"{found} CUDA devices" if found else "no CUDA device"}. Try device="auto" or device="cpu".'
+            )
+    return device
 
 
 class _Registrations(Messenger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.checkpoint import write
+from pyro_vae.checkpoint import read, write
 from pyro_vae.pairs import Pair
 from pyro_vae.steps import Steps
 from pyro_vae.traces import random_state, set_random_state
 
 __all__ = ["Resumable"]
 
-SECONDS_BETWEEN = 10.0  # writes, but for the last one
+SECONDS_BETWEEN = 10.0  # writes, but for the first and the last one
+ENTRIES = {"weights", "best", "optimizer_type", "optimizer", "schedule", "steps", "losses", "random"}
 
 
 class Resumable:
@@ -29,6 +31,7 @@ class Resumable:
         optimizer: kept.
         schedule: of the learning rate; kept, if there is one.
         losses: what the fit has found so far, of plain numbers and lists.
+        arguments: of the fit, plain values by name, which have to be the same when it goes on.
 
     Attributes:
         best: the weights of the best epoch, if the fit keeps them.
@@ -42,11 +45,13 @@ class Resumable:
         optimizer: torch.optim.Optimizer,
         schedule: Any,
         losses: dict[str, Any],
+        arguments: dict[str, Any],
     ) -> None:
         self.path = None if path is None else Path(path)
         self.pair, self.steps, self.optimizer, self.schedule, self.losses = pair, steps, optimizer, schedule, losses
+        self.arguments = arguments
         self.best: list[Tensor] | None = None
-        self._written = time.monotonic()
+        self._written = -math.inf
         if self.path is not None and not self.path.parent.is_dir():
             raise ValueError(f"checkpoint: {self.path.parent} is no folder. Try to make it first.")
 
@@ -54,11 +59,18 @@ class Resumable:
         """Takes up what the file has, if there is one.
 
         Raises:
-            ValueError: the file is of another model, guide or optimizer; nothing is changed then.
+            ValueError: the file is of another model, guide or optimizer, of a fit with other arguments, or of something
+                else altogether; weights, losses and random state stay as they are then.
         """
         if self.path is None or not self.path.exists():
             return
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        refusal = (
+            f"checkpoint: {self.path} was not written by fit(checkpoint=…). Try another name, or delete it if it is an "
+            "incomplete file."
+        )
+        saved = read(self.path, refusal)
+        if not (isinstance(saved, dict) and saved.keys() >= ENTRIES):
+            raise ValueError(refusal)
         state = self.pair.state()
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (state, saved["weights"])]
         if shapes[0] != shapes[1] or type(self.optimizer).__name__ != saved["optimizer_type"]:
@@ -67,19 +79,34 @@ class Resumable:
                 f"{shapes[0][:4]}… and {type(self.optimizer).__name__}, got {len(shapes[1])} tensors {shapes[1][:4]}… "
                 f"and {saved['optimizer_type']}. Try another file, or delete this one."
             )
+        was, now = saved.get("arguments", {}), self.arguments
+        differ = [name for name in now if name in was and was[name] != now[name]]
+        if differ:
+            written, given = (", ".join(f"{name}={values[name]!r}" for name in differ) for values in (was, now))
+            raise ValueError(
+                f"checkpoint: {self.path} was written with {written}; this call has {given}. Try the same arguments, "
+                "or another file."
+            )
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.schedule is not None:
+                self.schedule.load_state_dict(saved["schedule"])
+        except Exception as error:  # whatever an optimizer or scheduler makes of another one's state
+            raise ValueError(
+                f"checkpoint: the optimizer or scheduler of this call does not take the state in {self.path}: {error} "
+                "Try the optimizer and scheduler that it was written with, or another file."
+            ) from error
         self.pair.restore(saved["weights"])
         self.best = (
             None if saved["best"] is None else [s.to(t.device) for s, t in zip(saved["best"], state, strict=True)]
         )
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(saved["schedule"])
-        self.steps.count = saved["steps"]
+        self.steps.go_on(saved["steps"])
         self.losses.update(saved["losses"])
-        set_random_state(saved["random"])
+        cpu, cuda = saved["random"]
+        set_random_state((cpu, cuda[: torch.cuda.device_count()]))
 
     def write(self, *, last: bool = False) -> None:
-        """Writes the state after an epoch, at most every ten seconds but for the last."""
+        """Writes the state after an epoch, at most every ten seconds but for the first and the last."""
         if self.path is None or (not last and time.monotonic() - self._written < SECONDS_BETWEEN):
             return
         state = {
@@ -90,6 +117,7 @@ class Resumable:
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "steps": self.steps.count,
             "losses": self.losses,
+            "arguments": self.arguments,
             "random": random_state(),
         }
         write(state, self.path)

@@ -92,6 +92,12 @@ class Steps:
         self.count += 1
         return value
 
+    def go_on(self, count: int) -> None:
+        """Goes on after so many steps, with the objective as the last of them left it."""
+        self.count = count
+        for elbo in self._scheduled:
+            elbo.set_step(max(0, count - 1))
+
     def end_epoch(self) -> None:
         """Says what went wrong in an epoch whose steps nobody looked at, and brings the optimizer up to date."""
         skipped = 0

@@ -20,6 +20,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.infer import ELBO, Trace_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from pyro_vae.batches import Batches
@@ -39,15 +40,25 @@ class FitResult:
 
     Attributes:
         loss: mean over the epoch's batches, weighted by their rows, while the weights moved.
-        validation_loss: after the epoch, in evaluation mode, with the same random numbers each time.
+        validation_loss: after the epoch, in evaluation mode, with the same random numbers each time; NaN for epochs of
+            a checkpoint that had no validation data yet.
         num_steps: optimizer steps taken.
-        best_epoch: index of the lowest validation loss, whose weights were kept if `patience` was given.
+        best_epoch: index of the lowest validation loss, whose weights were kept if `patience` was given (where it was
+            added to a checkpoint, the lowest since then).
     """
 
     loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     num_steps: int = 0
     best_epoch: int | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.loss)} epochs", f"{self.num_steps} steps"]
+        if self.loss:
+            parts.append(f"last loss {self.loss[-1]:.3f}")
+        if self.best_epoch is not None:
+            parts.append(f"best validation loss {self.validation_loss[self.best_epoch]:.3f} at [{self.best_epoch}]")
+        return f"FitResult({', '.join(parts)})"
 
     def _stalled(self, patience: int | None) -> bool:
         """Whether the last `patience` epochs brought no lower validation loss."""
@@ -92,7 +103,7 @@ def fit(
         optimizer: makes a torch optimizer from a list of parameters.
         scheduler: makes a learning-rate scheduler from the optimizer; stepped after every epoch (a
             `ReduceLROnPlateau` with the validation loss, or the loss).
-        clip_norm: largest global norm of the gradient of the loss per data point.
+        clip_norm: largest global norm of the gradient of the loss per data point, positive.
         validation_data: as `data`; its loss is computed after every epoch.
         patience: stop after so many epochs without a lower validation loss, and keep the best weights.
         plate: name of the plate of data points.
@@ -102,10 +113,12 @@ def fit(
         compile: whether steps are compiled (`CompiledELBO`): True, False, or "auto": Pyro as it is for less than 300
             steps, its operations recorded and replayed for less than 3000, beyond that through generated code, which
             takes seconds to make. A pair that cannot be compiled runs as it is, with a warning.
-        checkpoint: a file that everything needed to go on is written to after epochs, atomically and at most every ten
-            seconds: weights, optimizer, scheduler, random state, losses, the best weights. Where the file exists, the
-            run goes on from it, on the same random numbers: the same call, started again, ends where an uninterrupted
-            one would (to the rounding of compiled code).
+        checkpoint: a file that everything needed to go on is written to, atomically: weights, optimizer, scheduler,
+            random state, losses, the best weights; after the first epoch, the last, and others at most every ten
+            seconds. Where the file exists, the run goes on from it, on the same random numbers: the same call, started
+            again, ends where an uninterrupted one would (to the rounding of compiled code). `num_epochs` may be larger
+            then, `validation_data` and `patience` may be new; a call whose rows, batch size, seed, learning rate,
+            scheduler or loss is another is refused, as far as their numbers and types tell.
         progress: show a progress bar, if on a terminal.
 
     Returns:
@@ -113,13 +126,13 @@ def fit(
 
     Raises:
         ValueError: empty or unequal data, rows that are not finite or outside the support of their likelihood, two
-            modules under one name in Pyro's parameter store, a loss that is not finite (the message names step, site
-            and row; the last finite weights stay in place).
+            modules under one name in Pyro's parameter store, a device that is not there, a checkpoint of another fit, a
+            loss that is not finite (the message names step, site and row; the last finite weights stay in place).
         TypeError: arguments of the wrong type or dtype.
 
     Warns:
         UserWarning: a learned scale of a likelihood that has collapsed; an objective that ends at a weight of the KL
-            term other than one.
+            term other than one, or has a capacity.
 
     Example:
         >>> from pyro_vae import VAE
@@ -129,8 +142,10 @@ def fit(
         >>> result = fit(vae.model, vae.guide, torch.randn(100, 3), num_epochs=5, learning_rate=0.01, seed=0)
         >>> len(result.loss), result.num_steps
         (5, 5)
+        >>> result
+        FitResult(5 epochs, 5 steps, last loss ...)
     """
-    _check_arguments(num_epochs, batch_size, loss, patience, validation_data, compile)
+    _check_arguments(num_epochs, batch_size, loss, clip_norm, patience, validation_data, compile)
     result = FitResult()
     with ExitStack() as stack:
         if seed is not None:
@@ -141,19 +156,40 @@ def fit(
         pair = Pair(model, guide, plate)
         everything = [batches] if validation is None else [batches, validation]
         first = next(iter(batches.to(pair.device)))
-        pair.look(first)
+        try:
+            pair.look(first)
+        except Exception as error:
+            batches.explain(error)
+            raise
         for rows in everything:
             rows.to(pair.move(device))
+            if rows is validation:
+                pair.try_out(rows)
             pair.check(rows)
         compiled = loss if isinstance(loss, CompiledELBO) else None
         elbo = copy.copy(compiled.elbo if compiled else Trace_ELBO() if loss is None else loss)
         optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
         steps = Steps(pair, batches, elbo, optim, clip_norm, compiled or _compiled(elbo, compile, num_epochs, batches))
+        rates = [float(group["lr"]) if "lr" in group else None for group in optim.param_groups]
         schedule = None if scheduler is None else scheduler(optim)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         bar = stack.enter_context(progress_bar(total, "", progress, unit="row", leave=True))
-        state = Resumable(checkpoint, pair, steps, optim, schedule, vars(result))
+        arguments = {
+            "rows": batches.num_rows,
+            "batch_size": batch_size if batches.loader is None else batches.loader.batch_size,
+            "seed": None if seed is None else int(seed),
+            "learning_rate": rates[0] if len(rates) == 1 else rates,
+            "scheduler": None if schedule is None else type(schedule).__name__,
+            "loss": type(elbo).__name__,
+        }
+        state = Resumable(checkpoint, pair, steps, optim, schedule, vars(result), arguments)
         state.resume()
+        if patience is None:
+            state.best = None
+        elif state.best is None:
+            result.best_epoch = None  # whose weights nobody has
+        if validation is not None:
+            result.validation_loss += [math.nan] * (len(result.loss) - len(result.validation_loss))
         bar.update(len(result.loss) * (batches.num_rows or 0))
         for epoch in range(len(result.loss), num_epochs):
             if result._stalled(patience):
@@ -185,10 +221,11 @@ def fit(
             pair.restore(state.best)
         optim.zero_grad(set_to_none=True)
         beta = getattr(elbo, "beta", 1.0)
-        if beta != 1.0:
+        capacity = getattr(elbo, "capacity", None) is not None
+        if beta != 1.0 or capacity:
             warnings.warn(
-                f"fit ended at beta = {beta:.4g}: its losses are no bound of log p(x). Validation losses and evidence "
-                "are those of beta = 1.",
+                f"fit ended at beta = {beta:.4g}{' and a capacity' if capacity else ''}: its losses are no bound of "
+                f"log p(x). Validation losses and evidence are those of beta = 1{' and none' if capacity else ''}.",
                 stacklevel=2,
             )
         collapsed = pair.collapsed_scales(first)
@@ -213,13 +250,16 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
     if make is None:
         fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
         return torch.optim.Adam(parameters, lr=learning_rate, fused=fused)
-    optim = make(parameters) if callable(make) else make
-    if not isinstance(optim, torch.optim.Optimizer):
-        raise TypeError(
-            "optimizer: expected a callable that makes a torch optimizer from a list of parameters, got "
-            f"{type(optim).__name__}. Try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
-        )
-    return optim
+    got = f"a {type(make).__module__}.{type(make).__name__}"
+    if callable(make) and not isinstance(make, (torch.optim.Optimizer, PyroOptim)):
+        optim = make(parameters)
+        if isinstance(optim, torch.optim.Optimizer):
+            return optim
+        got = f"one that makes a {type(optim).__module__}.{type(optim).__name__}"
+    raise TypeError(
+        f"optimizer: expected a callable that makes a torch optimizer from a list of parameters, got {got}. "
+        "Try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
+    )
 
 
 def _compiled(elbo: ELBO, compile: bool | str, num_epochs: int, batches: Batches) -> CompiledELBO | None:
@@ -231,11 +271,23 @@ def _compiled(elbo: ELBO, compile: bool | str, num_epochs: int, batches: Batches
 
 
 def _check_arguments(
-    num_epochs: int, batch_size: int, loss: Any, patience: int | None, validation_data: Any, compile: Any
+    num_epochs: int,
+    batch_size: int,
+    loss: Any,
+    clip_norm: float | None,
+    patience: int | None,
+    validation_data: Any,
+    compile: Any,
 ) -> None:
-    for name, value in (("num_epochs", num_epochs), ("batch_size", batch_size), ("patience", patience or 1)):
+    for name, value in (
+        ("num_epochs", num_epochs),
+        ("batch_size", batch_size),
+        ("patience", 1 if patience is None else patience),
+    ):
         if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
+            raise ValueError(f"{name}: expected at least 1, got {value}. Try a larger {name}.")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm: expected a positive norm, got {clip_norm}. Try clip_norm=10.0, or None.")
     if patience is not None and validation_data is None:
         raise ValueError("patience needs validation_data, whose loss says when to stop. Try to hold some rows out.")
     if compile not in (True, False, "auto"):

@@ -171,3 +171,77 @@ def test_a_network_of_ones_own_is_a_layer():
     first = autoencoder(5, 3)
     first.posterior = ConditionalDelta(nn.Sequential(nn.Linear(5, 8), nn.Tanh()), 3, features=8)
     assert stack([first, autoencoder(3, 2)]).encode(torch.zeros(7, 5)).event_shape == (2,)
+
+
+def test_each_layer_has_a_checkpoint_of_its_own(rows, tmp_path):
+    options = {"num_epochs": 3, "progress": False, "seed": 0}
+    layers, again = ([autoencoder(5, 3), autoencoder(3, 3), autoencoder(3, 3)] for _ in range(2))
+    results = fit_layers(layers, rows, checkpoint=tmp_path / "l.pt", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["l_1.pt", "l_2.pt", "l_3.pt"]
+    resumed = fit_layers(again, rows, checkpoint=str(tmp_path / "l.pt"), **options)
+    assert [r.loss for r in resumed] == [r.loss for r in results]
+    assert results[1].loss != results[2].loss
+    for layer, other in zip(layers, again, strict=True):
+        assert all(p.equal(q) for p, q in zip(layer.parameters(), other.parameters(), strict=True))
+
+
+def test_validation_data_are_encoded_along(rows):
+    x, validation = rows[:300], rows[300:]
+    layers = [autoencoder(5, 3), autoencoder(3, 2)]
+    start = layers[1].state_dict()
+    start = {name: value.clone() for name, value in start.items()}
+    options = {"num_epochs": 3, "progress": False, "seed": 0, "patience": 2}
+    results = fit_layers(layers, x.numpy(), validation_data=validation.numpy(), **options)
+    layers[1].load_state_dict(start)
+    codes, of_validation = (layers[0].encode(y).mean for y in (x, validation))
+    by_hand = fit(layers[1].model, layers[1].guide, codes, validation_data=of_validation, **options)
+    assert by_hand == results[1]
+
+
+def test_what_is_no_layer_or_no_rows_is_refused_at_the_start(rows):
+    layers = [autoencoder(5, 3), autoencoder(3, 2)]
+    before = [p.clone() for p in layers[0].parameters()]
+    for wrong in ((rows, rows), torch.utils.data.DataLoader(rows), rows.tolist()):
+        with pytest.raises(TypeError, match="fit_layers: data: expected a tensor or a numpy array, got"):
+            fit_layers(layers, wrong, num_epochs=1)
+    assert all(p.equal(q) for p, q in zip(layers[0].parameters(), before, strict=True))
+    for call in (lambda vae: fit_layers(vae, rows, num_epochs=1), stack):
+        with pytest.raises(TypeError, match="expected a list of VAEs, got one VAE"):
+            call(layers[0])
+
+
+def test_one_layer_in_two_places():
+    layer, x = autoencoder(3, 3), torch.randn(7, 3)
+    deep = stack([layer, layer])
+    torch.testing.assert_close(deep.encode(x).mean, layer.encode(layer.encode(x).mean).mean)
+    torch.testing.assert_close(deep.decode(x).mean, layer.decode(layer.decode(x).mean).mean)
+
+
+def test_context_belongs_to_the_layer_of_the_data():
+    first = VAE(
+        StandardNormal(3),
+        ConditionalNormal(MLP(3, [], context_size=2), 5, scale=1.0),
+        ConditionalNormal(MLP(5, [], context_size=2), 3),
+    )
+    second, x, c = autoencoder(3, 2), torch.randn(7, 5), torch.randn(7, 2)
+    deep = stack([first, second])
+    codes = deep.encode(x, c).mean
+    torch.testing.assert_close(codes, second.encode(first.encode(x, c).mean).mean)
+    torch.testing.assert_close(deep.decode(codes, c).mean, first.decode(second.decode(codes).mean, c).mean)
+    fit(deep.model, deep.guide, (x, c), num_epochs=1, progress=False)
+
+
+def test_functions_are_stacked_too():
+    def halves(x):
+        return dist.Normal(x[..., :2] / 2, 1.0).to_event(1)
+
+    def doubles(z):
+        return dist.Normal(torch.cat([z, z], -1) * 2, 1.0).to_event(1)
+
+    first, second = VAE(StandardNormal(2), doubles, halves), autoencoder(2, 1)
+    deep, x = stack([first, second]), torch.randn(7, 4)
+    codes = deep.encode(x).mean
+    torch.testing.assert_close(codes, second.encode(x[:, :2] / 2).mean)
+    torch.testing.assert_close(deep.decode(codes).mean, doubles(second.decode(codes).mean).mean)
+    assert {id(p) for p in deep.parameters()} == {id(p) for p in second.parameters()}
+    fit(deep.model, deep.guide, x, num_epochs=1, progress=False)

@@ -49,3 +49,26 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         save_weights(vae, tmp_path / "vae.pt")
     assert (tmp_path / "vae.pt").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["vae.pt"]
+
+
+@pytest.mark.parametrize("what", ["junk", "empty", "list", "folder"])
+def test_foreign_files_are_refused(tmp_path, what):
+    path = tmp_path / "vae.pt"
+    if what == "folder":
+        path.mkdir()
+    elif what == "list":
+        torch.save({"weights": [torch.zeros(3)]}, path)
+    else:
+        path.write_bytes(b"no weights" if what == "junk" else b"")
+    with pytest.raises(ValueError, match=r"vae.pt was not written by save_weights. Try"):
+        load_weights(small_vae(), path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"vae.pt: expected a file in a folder, got no folder .*missing. Try to make it"
+    ):
+        save_weights(small_vae(), tmp_path / "missing" / "vae.pt")
+    with pytest.raises(ValueError, match="expected the name of a file, got that of a folder"):
+        save_weights(small_vae(), tmp_path)
+    assert list(tmp_path.iterdir()) == []

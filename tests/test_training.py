@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, linear_vae_log_evidence, small_vae
 
-from pyro_vae import fit
+from pyro_vae import FitResult, fit
 
 
 def weights(module):
@@ -233,22 +234,7 @@ def test_data_loader():
     assert result.loss[-1] < result.loss[0]
 
 
-# -- repeatable, and leaving things alone -----------------------------------------------------------------------------
-
-
-def test_a_seed_repeats_to_the_bit_and_leaves_the_random_state():
-    x = LinearGaussian(2, 4).sample(50)
-    runs = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(1)
-        vae = linear_vae(2, 4)
-        before = torch.get_rng_state()
-        result = fit(vae.model, vae.guide, x, num_epochs=3, batch_size=20, seed=seed)
-        assert torch.get_rng_state().equal(before)
-        runs.append((result.loss, weights(vae)))
-    assert runs[0][0] == runs[1][0]
-    assert same(runs[0][1], runs[1][1])
-    assert not same(runs[0][1], runs[2][1])
+# -- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_clipping_bounds_the_step():
@@ -261,28 +247,6 @@ def test_clipping_bounds_the_step():
     )  # fmt: skip
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(vae), strict=True)]).norm()
     assert moved.item() == pytest.approx(0.5, rel=1e-4)
-
-
-def test_early_stopping_keeps_the_best_weights():
-    """Fifty rows, many parameters: it overfits, and the best weights come back."""
-    torch.manual_seed(0)
-    data = torch.bernoulli(torch.full((100, 4, 4), 0.5))
-    x, validation = data[:30], data[30:]
-    vae = small_vae(4)
-    result = fit(
-        vae.model, vae.guide, x, num_epochs=500, learning_rate=0.03, validation_data=validation, patience=10, seed=0
-    )
-    assert len(result.loss) == len(result.validation_loss) == result.best_epoch + 11 < 500
-    assert result.validation_loss[result.best_epoch] == min(result.validation_loss)
-    again = fit(  # no step: the validation loss of the weights that were kept, with the same random numbers
-        vae.model,
-        vae.guide,
-        x,
-        num_epochs=1,
-        validation_data=validation,
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
-    )
-    assert again.validation_loss[0] == pytest.approx(min(result.validation_loss), rel=1e-6)
 
 
 def test_validation_is_in_evaluation_mode():
@@ -320,6 +284,30 @@ def test_device_auto():
     fit(vae.model, vae.guide, LinearGaussian(2, 4).sample(20), num_epochs=1, device="auto")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert {p.device.type for p in vae.parameters()} == {vae.prior.loc.device.type} == {expected}
+
+
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    vae = linear_vae(2, 4)
+    with pytest.raises(ValueError, match=r'got .cuda., and this torch has no CUDA device. Try device="auto"'):
+        fit(vae.model, vae.guide, torch.randn(5, 4), num_epochs=1, device="cuda")
+
+
+def test_an_objective_with_a_capacity_is_no_bound():
+    class Capacity(TraceMeanField_ELBO):
+        capacity = 3.0
+
+    vae = linear_vae(2, 4)
+    with pytest.warns(UserWarning, match="fit ended at beta = 1 and a capacity: its losses are no bound"):
+        fit(vae.model, vae.guide, torch.randn(5, 4), num_epochs=1, loss=Capacity())
+
+
+def test_a_result_is_short_in_print():
+    vae, x = linear_vae(2, 4), torch.randn(5, 4)
+    result = fit(vae.model, vae.guide, x, num_epochs=3, validation_data=x)
+    expected = f"FitResult(3 epochs, 3 steps, last loss {result.loss[-1]:.3f}, best validation loss "
+    assert str(result) == repr(result) == f"{expected}{min(result.validation_loss):.3f} at [{result.best_epoch}])"
+    assert repr(FitResult()) == "FitResult(0 epochs, 0 steps)"
 
 
 # -- when it goes wrong -----------------------------------------------------------------------------------------------
@@ -405,8 +393,26 @@ def test_two_modules_under_one_name_are_refused():
         ({"num_epochs": 0}, ValueError, "num_epochs: expected at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size: expected at least 1, got 0"),
         ({"patience": 3}, ValueError, "patience needs validation_data"),
+        ({"patience": 0, "validation_data": torch.randn(3, 4)}, ValueError, "patience: expected at least 1, got 0"),
+        ({"clip_norm": -1.0}, ValueError, "clip_norm: expected a positive norm, got -1.0"),
+        ({"clip_norm": 0.0}, ValueError, "clip_norm: expected a positive norm, got 0.0"),
+        ({"validation_data": torch.randn(3, 5)}, ValueError, r"validation_data: .*got rows of shape \(5,\)"),
+        ({"device": "gpu"}, ValueError, "device: expected 'auto' or a device of torch, got 'gpu'"),
+        ({"data": None}, TypeError, "got NoneType. Try a tensor of rows"),
+        ({"data": {"x": torch.zeros(3, 4)}}, TypeError, "got dict. Try a tuple of its values"),
+        ({"data": TensorDataset(torch.zeros(3, 4))}, TypeError, "got TensorDataset. Try a DataLoader of it"),
+        ({"data": pd.DataFrame({"a": [1.0]})}, TypeError, r'got DataFrame. Try data.to_numpy\(dtype="float32"\)'),
+        ({"data": np.array([["a"]])}, TypeError, "expected an array of numbers, got one of dtype <U1"),
+        ({"data": np.zeros((3, 4), int)}, TypeError, r'numpy array of int64. Try x.astype\("float32"\)'),
+        ({"data": torch.randn(4)}, IndexError, r"4 rows, each a number.*x.reshape\(1, 4\)"),
         ({"loss": Trace_ELBO}, TypeError, r"loss: expected a pyro.infer.ELBO.*Try loss=pyro.infer.Trace_ELBO\(\)"),
-        ({"optimizer": pyro.optim.Adam({})}, TypeError, "optimizer: expected a callable that makes a torch optimizer"),
+        (
+            {"optimizer": pyro.optim.Adam({})},
+            TypeError,
+            "a callable that makes a torch optimizer.*got a pyro.*PyroOptim",
+        ),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, TypeError, r"got a torch.optim.adam.Adam. Try .*lambda"),
+        ({"optimizer": list}, TypeError, "got one that makes a builtins.list"),
     ],
 )
 def test_bad_arguments(change, error, message):

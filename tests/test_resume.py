@@ -1,0 +1,197 @@
+"""fit: runs that repeat, stop early, and go on from a checkpoint."""
+
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from torch.utils.data import DataLoader, TensorDataset
+from truths import LinearGaussian, linear_vae, small_vae
+
+from pyro_vae import BetaELBO, fit
+from pyro_vae.beta import linear
+from pyro_vae.checkpoint import save_weights
+
+
+def weights(module):
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_seed_repeats_to_the_bit_and_leaves_the_random_state():
+    x = LinearGaussian(2, 4).sample(50)
+    runs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(1)
+        vae = linear_vae(2, 4)
+        before = torch.get_rng_state()
+        result = fit(vae.model, vae.guide, x, num_epochs=3, batch_size=20, seed=seed)
+        assert torch.get_rng_state().equal(before)
+        runs.append((result.loss, weights(vae)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+    assert not same(runs[0][1], runs[2][1])
+
+
+def test_early_stopping_keeps_the_best_weights():
+    """Fifty rows, many parameters: it overfits, and the best weights come back."""
+    torch.manual_seed(0)
+    data = torch.bernoulli(torch.full((100, 4, 4), 0.5))
+    x, validation = data[:30], data[30:]
+    vae = small_vae(4)
+    result = fit(
+        vae.model, vae.guide, x, num_epochs=500, learning_rate=0.03, validation_data=validation, patience=10, seed=0
+    )
+    assert len(result.loss) == len(result.validation_loss) == result.best_epoch + 11 < 500
+    assert result.validation_loss[result.best_epoch] == min(result.validation_loss)
+    again = fit(  # no step: the validation loss of the weights that were kept, with the same random numbers
+        vae.model,
+        vae.guide,
+        x,
+        num_epochs=1,
+        validation_data=validation,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+    )
+    assert again.validation_loss[0] == pytest.approx(min(result.validation_loss), rel=1e-6)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def x():
+    return LinearGaussian(2, 4).sample(30)
+
+
+def run(path, x, *, num_epochs=2, vae=None, **options):
+    """A fit of a VAE that is the same each time, as in a new process."""
+    pyro.clear_param_store()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = linear_vae(2, 4) if vae is None else vae
+    options = {"batch_size": 10, "seed": 0, "progress": False} | options
+    return fit(vae.model, vae.guide, x, num_epochs=num_epochs, checkpoint=path, **options), vae
+
+
+def decay(optim):
+    return torch.optim.lr_scheduler.ExponentialLR(optim, 0.9)
+
+
+def groups(parameters):
+    return torch.optim.Adam([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "written", "given"),
+    [
+        ({"batch_size": 15, "seed": 1}, "batch_size=10, seed=0", "batch_size=15, seed=1"),
+        ({"seed": None}, "seed=0", "seed=None"),
+        ({"learning_rate": 0.1}, "learning_rate=0.001", "learning_rate=0.1"),
+        ({"optimizer": lambda p: torch.optim.Adam(p, lr=0.1)}, "learning_rate=0.001", "learning_rate=0.1"),
+        ({"rows": 20}, "rows=30", "rows=20"),
+        ({"loss": TraceMeanField_ELBO()}, "loss='Trace_ELBO'", "loss='TraceMeanField_ELBO'"),
+        ({"scheduler": decay}, "scheduler=None", "scheduler='ExponentialLR'"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, x, change, written, given):
+    run(tmp_path / "l.pt", x)
+    vae, change = linear_vae(2, 4), dict(change)
+    before = weights(vae)
+    with pytest.raises(ValueError, match=f"l.pt was written with {written}; this call has {given}. Try the same"):
+        run(tmp_path / "l.pt", x[: change.pop("rows", 30)], num_epochs=3, vae=vae, **change)
+    assert same(before, weights(vae))
+
+
+def test_a_loader_of_other_batches_is_refused(tmp_path, x):
+    run(tmp_path / "l.pt", DataLoader(TensorDataset(x), batch_size=10))
+    run(tmp_path / "l.pt", DataLoader(TensorDataset(x), batch_size=10), num_epochs=3)
+    with pytest.raises(ValueError, match="written with batch_size=10; this call has batch_size=15"):
+        run(tmp_path / "l.pt", DataLoader(TensorDataset(x), batch_size=15), num_epochs=4)
+
+
+@pytest.mark.parametrize(("change", "old"), [({"optimizer": groups}, False), ({"scheduler": decay}, True)])
+def test_a_refusal_changes_nothing(tmp_path, x, change, old):
+    """Other groups of parameters, or a scheduler that a file without the call's arguments cannot be asked for."""
+    path = tmp_path / "l.pt"
+    run(path, x)
+    saved = torch.load(path, weights_only=True)
+    saved["arguments"] = {} if old else saved["arguments"] | {"learning_rate": [1e-3, 1e-3]}
+    torch.save(saved, path)
+    vae = linear_vae(2, 4)
+    before, state = weights(vae), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"the optimizer or scheduler of this call does not take the state in .*l.pt"):
+        run(path, x, num_epochs=3, vae=vae, **change)
+    assert same(before, weights(vae))
+    assert state.equal(torch.get_rng_state())
+
+
+def test_a_file_without_arguments_is_taken_as_it_is(tmp_path, x):
+    path = tmp_path / "l.pt"
+    run(path, x)
+    saved = torch.load(path, weights_only=True)
+    del saved["arguments"]
+    torch.save(saved, path)
+    assert len(run(path, x, num_epochs=3, batch_size=15)[0].loss) == 3
+
+
+@pytest.mark.parametrize("what", ["junk", "empty", "weights", "half", "folder"])
+def test_a_foreign_file_is_refused(tmp_path, x, what):
+    path = tmp_path / "l.pt"
+    if what == "folder":
+        path.mkdir()
+    elif what == "weights":
+        save_weights(linear_vae(2, 4), path)
+    else:
+        run(path, x)
+        path.write_bytes({"junk": b"no weights", "empty": b"", "half": path.read_bytes()[:2000]}[what])
+    with pytest.raises(
+        ValueError, match=r"checkpoint: .*l.pt was not written by fit\(checkpoint=…\). Try another name"
+    ):
+        run(path, x)
+
+
+def test_validation_may_come_later(tmp_path, x):
+    run(tmp_path / "l.pt", x, num_epochs=2)
+    result, _ = run(tmp_path / "l.pt", x, num_epochs=5, validation_data=x)
+    assert [math.isnan(v) for v in result.validation_loss] == [True, True, False, False, False]
+    assert result.validation_loss[result.best_epoch] == min(result.validation_loss[2:])
+
+
+def test_patience_may_come_later(tmp_path, x, monkeypatch):
+    """Nobody kept the best weights so far: the best epoch is looked for anew, and its weights come back."""
+    losses = iter([1.0, 2.0, 5.0, 3.0, 4.0, 6.0])
+    monkeypatch.setattr("pyro_vae.training._evaluate", lambda *_: next(losses))
+    run(tmp_path / "l.pt", x, num_epochs=2, validation_data=x)
+    result, vae = run(tmp_path / "l.pt", x, num_epochs=9, validation_data=x, patience=2)
+    assert result.validation_loss == [1.0, 2.0, 5.0, 3.0, 4.0, 6.0]
+    assert result.best_epoch == 3
+    assert same(weights(vae), weights(run(None, x, num_epochs=4)[1]))
+    last, vae = run(tmp_path / "l.pt", x, num_epochs=6)  # without patience: the last weights
+    assert last.loss == result.loss
+    assert same(weights(vae), weights(run(None, x, num_epochs=6)[1]))
+
+
+def test_a_finished_run_ends_as_it_did(tmp_path, x):
+    """Its objective is at the last step, so that no warning says otherwise."""
+    for _ in range(2):
+        run(tmp_path / "l.pt", x, num_epochs=4, loss=BetaELBO(linear(5)))
+    with pytest.warns(UserWarning, match="fit ended at beta = 0.5"):
+        run(tmp_path / "m.pt", x, num_epochs=2, loss=BetaELBO(linear(10)))
+    with pytest.warns(UserWarning, match="fit ended at beta = 0.5"):
+        run(tmp_path / "m.pt", x, num_epochs=2, loss=BetaELBO(linear(10)))
+
+
+def test_the_first_epoch_is_on_disk(tmp_path, x):
+    def interrupted(epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "l.pt", x, num_epochs=9, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, interrupted))
+    saved = torch.load(tmp_path / "l.pt", weights_only=True)
+    assert len(saved["losses"]["loss"]) == 1
