@@ -168,14 +168,22 @@ class Conditional(Broadcasting):
         return self.distribution(*(p.reshape(*batch, *s) for p, s in zip(parts, self._shapes, strict=True)))
 
     def keep(self, name: str, value: float | Tensor | nn.Module | None) -> None:
-        """Keeps a positive parameter that need not come from the network: fixed (a number or tensor), learned (a module
-        that is called without arguments), or None, where it does come from the network."""
+        """Keeps a positive parameter that need not come from the network: fixed (a number or tensor that broadcasts
+        to the event shape), learned (a module that is called without arguments), or None, where it does come from the
+        network."""
         if value is None or isinstance(value, nn.Module):
             setattr(self, name, value)
             return
         value = torch.as_tensor(value, dtype=next(self.parameters()).dtype)
         if not (value > 0).all():
             raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}.")
+        shape, event = tuple(value.shape), self.event_shape
+        pairs = zip(reversed(shape), reversed(event), strict=False)
+        if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more would pass for a batch
+            raise ValueError(
+                f"{type(self).__name__}: expected a {name} that broadcasts to the event shape {event}, got one of "
+                f"shape {shape}. Try a single number, or one of shape {event}."
+            )
         self.register_buffer(name, value)
 
     def kept(self, name: str, raw: Tensor | None, smallest: float = SMALLEST_SCALE) -> Tensor:

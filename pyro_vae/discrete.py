@@ -9,6 +9,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pyro_vae.conditional import Conditional, event_shape_of, positive
+from pyro_vae.elements import NegativeBinomial
 
 __all__ = [
     "ConditionalBernoulli",
@@ -151,5 +152,4 @@ class ConditionalNegativeBinomial(Conditional):
 
     def distribution(self, raw_mean: Tensor, raw_count: Tensor | None = None) -> Any:
         count = self.kept("total_count", raw_count)
-        logits = positive(raw_mean).log() - count.log()
-        return dist.NegativeBinomial(count, logits=logits).to_event(len(self.event_shape))
+        return NegativeBinomial(count, positive(raw_mean)).to_event(len(self.event_shape))

@@ -32,8 +32,9 @@ from pyro_vae.discrete import (
     ConditionalOneHotCategorical,
     ConditionalPoisson,
 )
+from pyro_vae.elements import Beta, ContinuousBernoulli, StudentT
 from pyro_vae.flows import ConditionalFlow
-from pyro_vae.gaussians import MultivariateNormal
+from pyro_vae.gaussians import LowRankMultivariateNormal, MultivariateNormal
 from pyro_vae.priors import GaussianMixture, StandardNormal, VampPrior
 from pyro_vae.tables import ConditionalProduct, ObservedPart
 
@@ -84,7 +85,8 @@ class LearnedScale(nn.Module):
         if not init > smallest > 0:
             raise ValueError(f"LearnedScale: expected init > smallest > 0, got init={init}, smallest={smallest}.")
         self.smallest = smallest
-        self.raw = nn.Parameter(torch.full(event_shape_of(shape), log(expm1(init - smallest))))
+        y = init - smallest
+        self.raw = nn.Parameter(torch.full(event_shape_of(shape), y + log(-expm1(-y))))  # log(e^y − 1)
 
     def forward(self) -> Tensor:
         return nn.functional.softplus(self.raw) + self.smallest
@@ -102,7 +104,7 @@ class ConditionalNormal(Conditional):
         features: see `Conditional`.
 
     Raises:
-        ValueError: a fixed scale that is not positive.
+        ValueError: a fixed scale that is not positive, or does not broadcast to the event shape.
 
     Example:
         >>> from pyro_vae.networks import MLP
@@ -210,7 +212,7 @@ class ConditionalLowRankMultivariateNormal(Conditional):
             bias[2 * shape[0] :].normal_(std=0.1 / sqrt(rank))
 
     def distribution(self, loc: Tensor, raw_scale: Tensor, factor: Tensor) -> Any:
-        return dist.LowRankMultivariateNormal(loc, factor, positive(raw_scale).square())
+        return LowRankMultivariateNormal(loc, factor, positive(raw_scale).square())
 
 
 class ConditionalStudentT(Conditional):
@@ -251,11 +253,14 @@ class ConditionalStudentT(Conditional):
         scale = self.kept("scale", raw[0] if self.scale is None else None)
         df = self.kept("df", raw[-1] if self.df is None else None)
         df = 1 + 4 * df if self.df is None else df
-        return dist.StudentT(df, loc, scale).to_event(len(self.event_shape))
+        return StudentT(df, loc, scale).to_event(len(self.event_shape))
 
 
 class ConditionalBeta(Conditional):
     """Independent Beta elements, y ~ Beta(α(x), β(x)), for values between 0 and 1, neither of them included.
+
+    At either its density is zero or infinite, or a limit at best, so that data with 0 or 1 are refused: move them
+    inside by half the precision of the data, or take `ConditionalContinuousBernoulli`.
 
     Args:
         network: maps inputs to features.
@@ -272,7 +277,7 @@ class ConditionalBeta(Conditional):
     num_parameters = 2
 
     def distribution(self, alpha: Tensor, beta: Tensor) -> Any:
-        return dist.Beta(positive(alpha), positive(beta)).to_event(len(self.event_shape))
+        return Beta(positive(alpha), positive(beta)).to_event(len(self.event_shape))
 
 
 class ConditionalContinuousBernoulli(Conditional):
@@ -298,7 +303,7 @@ class ConditionalContinuousBernoulli(Conditional):
     """
 
     def distribution(self, logits: Tensor) -> Any:
-        return dist.ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
+        return ContinuousBernoulli(logits=logits).to_event(len(self.event_shape))
 
 
 class ConditionalDelta(Conditional):

@@ -1,4 +1,4 @@
-r"""Gaussians: the one with full covariance that is sound in float32, and the KL divergence of any two.
+r"""Gaussians with full and low-rank covariance that are sound in float32, and the KL divergence of any two.
 
     KL(N₁‖N₂) = ½ [log(|Σ₂|/|Σ₁|) − d + tr(Σ₂⁻¹Σ₁) + (μ₂−μ₁)ᵀ Σ₂⁻¹ (μ₂−μ₁)],
 
@@ -17,11 +17,12 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Independent, LowRankMultivariateNormal, constraints, register_kl
+from torch.distributions import Independent, constraints, register_kl
+from torch.distributions import LowRankMultivariateNormal as TorchLowRank
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
 from torch.distributions.utils import lazy_property
 
-__all__ = ["MultivariateNormal"]
+__all__ = ["LowRankMultivariateNormal", "MultivariateNormal"]
 
 
 class MultivariateNormal(dist.MultivariateNormal):
@@ -163,43 +164,121 @@ def _solve(lower: Tensor, x: Tensor, upper: bool = False) -> Tensor:
     return torch.linalg.solve_triangular(lower, columns, **options).movedim(-1, 0).reshape(x.shape)
 
 
-def _gaussian(p: Any) -> tuple[Tensor, Tensor, bool]:
-    """Location (*batch, d), scale (*batch, d) or triangle (*batch, d, d), and whether it is the triangle."""
-    if isinstance(p, TorchMultivariateNormal):
-        return p.loc, p._unbroadcasted_scale_tril, True
-    if isinstance(p, LowRankMultivariateNormal):
-        return p.loc, p.scale_tril, True
+class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+    """N(μ, Σ) with Σ = F Fᵀ + D, F (d × rank) and D diagonal, sound in float32 however small D is beside F Fᵀ.
+
+    There xᵀ Σ⁻¹ x, by the Woodbury identity xᵀ D⁻¹ x − |C^−½ Fᵀ D⁻¹ x|² with C = I + Fᵀ D⁻¹ F, is a small difference of
+    large numbers, and C may have no Cholesky factor. But it is also the squared residual of least squares, of D^−½ x on
+    the columns of D^−½ F with ridge one. With [D^−½ F; I] = [Q₁; Q₂] R, orthonormal columns times a triangle, and
+    y = D^−½ x,
+
+        xᵀ Σ⁻¹ x = |y − Q₁ Q₁ᵀ y|² + |Q₂ Q₁ᵀ y|²,   |Σ| = |D| |R|²,   C = Rᵀ R.
+
+    Args:
+        loc: μ, (*batch, d).
+        cov_factor: F, (*batch, d, rank).
+        cov_diag: the diagonal of D, (*batch, d), positive.
+
+    Example:
+        >>> q = LowRankMultivariateNormal(torch.zeros(3), torch.ones(3, 1), torch.full((3,), 1e-8))
+        >>> q.log_prob(torch.ones(3))  # 8 log 10 − ½ (1 + log 3 + 3 log 2π)
+        tensor(14.6146)
+    """
+
+    def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None) -> None:
+        batch = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
+        self.loc, self.cov_diag = loc.expand(*batch, loc.shape[-1]), cov_diag.expand(*batch, loc.shape[-1])
+        self.cov_factor = cov_factor.expand(*batch, *cov_factor.shape[-2:])
+        self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
+        self._basis, self._capacitance_tril = _basis(cov_factor, cov_diag)
+        TorchDistribution.__init__(self, batch, loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> LowRankMultivariateNormal:
+        new = type(self).__new__(type(self)) if _instance is None else _instance
+        new._basis = self._basis
+        return super().expand(batch_shape, new)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        distance = _whitened(self, (value - self.loc).unsqueeze(-1)).square().sum((-2, -1))
+        return -0.5 * (distance + value.shape[-1] * log(2 * pi)) - _half_log_det(self)
+
+
+def _basis(factor: Tensor, diag: Tensor) -> tuple[Tensor, Tensor]:
+    """[Q₁; Q₂], (*batch, d + rank, rank), and Rᵀ with a positive diagonal, (*batch, rank, rank)."""
+    scaled = factor / diag.sqrt().unsqueeze(-1)
+    identity = torch.eye(scaled.shape[-1], dtype=scaled.dtype, device=scaled.device)
+    basis, triangle = torch.linalg.qr(torch.cat([scaled, identity.expand(*scaled.shape[:-2], -1, -1)], -2))
+    sign = triangle.diagonal(dim1=-2, dim2=-1).sign()
+    return basis * sign.unsqueeze(-2), triangle.mT * sign.unsqueeze(-2)
+
+
+def _location(p: Any) -> tuple[Tensor, Tensor | None]:
+    """Location and, of independent elements, scale, both (*batch, d)."""
+    if isinstance(p, (TorchMultivariateNormal, TorchLowRank)):
+        return p.loc, None
     if isinstance(p, Independent) and isinstance(p.base_dist, torch.distributions.Normal):
         batch = len(p.batch_shape)
-        return p.base_dist.loc.flatten(batch), p.base_dist.scale.flatten(batch), False
+        return p.base_dist.loc.flatten(batch), p.base_dist.scale.flatten(batch)
     raise NotImplementedError
+
+
+def _half_log_det(p: Any) -> Tensor:
+    """½ log |Σ| of a full or low-rank Σ, (*batch)."""
+    if isinstance(p, TorchMultivariateNormal):
+        return p._unbroadcasted_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_det = p._capacitance_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return log_det + 0.5 * p._unbroadcasted_cov_diag.log().sum(-1)
+
+
+def _root(p: Any) -> Tensor:
+    """R with R Rᵀ = Σ, full or low-rank, (*batch, d, columns): the triangle, or [F, D^½]."""
+    if isinstance(p, TorchMultivariateNormal):
+        return p._unbroadcasted_scale_tril
+    return torch.cat([p.cov_factor, torch.diag_embed(p.cov_diag.sqrt())], -1)
+
+
+def _whitened(q: Any, x: Tensor) -> Tensor:
+    """y with yᵀ y = xᵀ Σ⁻¹ x for each column of x, (*batch, d, columns), where q has a full or low-rank Σ."""
+    if isinstance(q, TorchMultivariateNormal):
+        tril = q._unbroadcasted_scale_tril
+        batch = torch.broadcast_shapes(tril.shape[:-2], x.shape[:-2])
+        return torch.linalg.solve_triangular(tril, x.expand(*batch, *x.shape[-2:]), upper=False)
+    diag, d = q._unbroadcasted_cov_diag, x.shape[-2]
+    basis = q._basis if isinstance(q, LowRankMultivariateNormal) else _basis(q._unbroadcasted_cov_factor, diag)[0]
+    y = x / diag.sqrt().unsqueeze(-1)
+    fit = basis @ (basis[..., :d, :].mT @ y)
+    return torch.cat([y - fit[..., :d, :], fit[..., d:, :]], -2)
 
 
 @register_kl(TorchMultivariateNormal, Independent)
 @register_kl(MultivariateNormal, Independent)
 @register_kl(Independent, MultivariateNormal)
-@register_kl(LowRankMultivariateNormal, Independent)
-@register_kl(Independent, LowRankMultivariateNormal)
+@register_kl(TorchLowRank, Independent)
+@register_kl(Independent, TorchLowRank)
 @register_kl(MultivariateNormal, MultivariateNormal)
 @register_kl(MultivariateNormal, TorchMultivariateNormal)
 @register_kl(TorchMultivariateNormal, MultivariateNormal)
+@register_kl(LowRankMultivariateNormal, TorchMultivariateNormal)
+@register_kl(TorchMultivariateNormal, LowRankMultivariateNormal)
+@register_kl(LowRankMultivariateNormal, LowRankMultivariateNormal)
+@register_kl(LowRankMultivariateNormal, TorchLowRank)
+@register_kl(TorchLowRank, LowRankMultivariateNormal)
 def _kl_gaussians(p: Any, q: Any) -> Tensor:
-    """KL(p‖q), the formula at the top of this file; differences of log-determinants, never determinants."""
+    """KL(p‖q), the formula at the top of this file; differences of log-determinants, never determinants, and the trace
+    as the squared lengths of the columns of Σ₂^−½ R, R Rᵀ = Σ₁."""
     if p.event_shape != q.event_shape:
         raise ValueError(f"KL: event shapes {tuple(p.event_shape)} and {tuple(q.event_shape)} differ.")
-    (p_loc, p_scale, p_full), (q_loc, q_scale, q_full) = _gaussian(p), _gaussian(q)
-    log_det = [
-        (scale.diagonal(dim1=-2, dim2=-1) if full else scale).log().sum(-1)
-        for scale, full in ((p_scale, p_full), (q_scale, q_full))
-    ]
-    if q_full:
-        batch = torch.broadcast_shapes(p_scale.shape[: p_scale.dim() - 1 - p_full], q_scale.shape[:-2])
-        tril = (p_scale if p_full else torch.diag_embed(p_scale)).expand(*batch, *q_scale.shape[-2:])
-        trace = torch.linalg.solve_triangular(q_scale, tril, upper=False).square().sum((-2, -1))
-        difference = (p_loc - q_loc).expand(*batch, -1).unsqueeze(-1)
-        distance = torch.linalg.solve_triangular(q_scale, difference, upper=False).square().sum((-2, -1))
+    (p_loc, p_scale), (q_loc, q_scale) = _location(p), _location(q)
+    p_log_det = _half_log_det(p) if p_scale is None else p_scale.log().sum(-1)
+    q_log_det = _half_log_det(q) if q_scale is None else q_scale.log().sum(-1)
+    if q_scale is None:
+        root = _root(p) if p_scale is None else torch.diag_embed(p_scale)
+        trace = _whitened(q, root).square().sum((-2, -1))
+        distance = _whitened(q, (p_loc - q_loc).unsqueeze(-1)).square().sum((-2, -1))
     else:
-        variance = p_scale.square().sum(-1) if p_full else p_scale.square()
+        variance = _root(p).square().sum(-1) if p_scale is None else p_scale.square()
         trace = (variance / q_scale.square()).sum(-1)
         distance = ((p_loc - q_loc) / q_scale).square().sum(-1)
-    return log_det[1] - log_det[0] + 0.5 * (trace + distance - p_loc.shape[-1])
+    return q_log_det - p_log_det + 0.5 * (trace + distance - p_loc.shape[-1])

@@ -1,6 +1,7 @@
 """Conditional distributions: one contract over all families, and the full covariance against float64."""
 
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -33,6 +34,7 @@ FAMILIES = {
     "normal, fixed scale": lambda shape: ConditionalNormal(MLP(3, [8]), shape, scale=0.5),
     "normal, shared scale": lambda shape: ConditionalNormal(MLP(3, [8]), shape, scale=LearnedScale()),
     "normal, scale each": lambda shape: ConditionalNormal(MLP(3, [8]), shape, scale=LearnedScale(shape)),
+    "student t, df from the network": lambda shape: ConditionalStudentT(MLP(3, [8]), shape),
     "multivariate normal": lambda shape: ConditionalMultivariateNormal(MLP(3, [8]), shape),
     "bernoulli": lambda shape: ConditionalBernoulli(MLP(3, [8]), shape),
     "student t": lambda shape: ConditionalStudentT(MLP(3, [8]), shape, df=9.0),
@@ -103,6 +105,29 @@ def test_learned_scale():
         LearnedScale(init=0.0)
     with pytest.raises(ValueError, match="positive scale"):
         ConditionalNormal(MLP(3, []), 4, scale=-1.0)
+    for init in (2e-5, 0.1, 50.0, 1000.0, 1e6):  # e^1000 is no float
+        torch.testing.assert_close(LearnedScale(init=init)(), torch.tensor(init))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 1, 3), (2,), (4,)], ids=str)
+def test_a_fixed_parameter_that_would_be_one_of_rows_is_refused(shape):
+    """(3, 1) for an event (3,) would be another scale for each of three rows, and fail with five."""
+    message = (
+        rf"that broadcasts to the event shape \(3,\), got one of shape {re.escape(str(shape))}. Try a single number"
+    )
+    with pytest.raises(ValueError, match="ConditionalNormal: expected a scale " + message):
+        ConditionalNormal(MLP(3, []), 3, scale=torch.ones(shape))
+    with pytest.raises(ValueError, match="ConditionalStudentT: expected a df " + message):
+        ConditionalStudentT(MLP(3, []), 3, df=torch.ones(shape))
+    with pytest.raises(ValueError, match="ConditionalNegativeBinomial: expected a total_count " + message):
+        ConditionalNegativeBinomial(MLP(3, []), 3, total_count=torch.ones(shape))
+
+
+def test_fixed_parameters_that_broadcast():
+    for shape in ((), (1,), (3,), (2, 1), (1, 3), (2, 3)):
+        p = ConditionalNormal(MLP(3, []), (2, 3), scale=torch.full(shape, 0.5))(torch.zeros(5, 3))
+        assert p.batch_shape == (5,)
+        torch.testing.assert_close(p.stddev, torch.full((5, 2, 3), 0.5))
 
 
 def test_conv_networks_and_batch_norm_work_under_particles(device):
