@@ -54,7 +54,7 @@ def amortized(truth):
 
 
 def test_a_correlated_posterior_is_recovered():
-    """Of N(μ(x), Σ(x)), where Σ is the same for all x: its mean within 1 % of the standard deviations, each within 5 %."""
+    """Σ is the same for all x: that of q within 1 % of the standard deviations on average, within 5 % for each x."""
     truth = LinearGaussian(3, 5, noise=1.5)
     exact, deviations = truth.covariance.float(), truth.covariance.float().diagonal().sqrt()
     correlation = exact / torch.outer(deviations, deviations)
