@@ -3,10 +3,11 @@ r"""Posterior collapse: latent dimensions that a VAE gives up, and what a warm-u
 A dimension is collapsed where q(z_d|x) is the prior for every x: it costs no nats and says nothing. The two symptoms
 are
 
-    KL_d = mean_n KL(q(z_d|x_n)‖p(z_d)) ≈ 0,      A_d = Var_n(E_q[z_d|x_n]) ≈ 0  (active: A_d > 0.01).
+    KL_d = mean_n KL(q(z_d|x_n)‖p(z_d)) ≈ 0,      A_d = Var_n(E_q[z_d|x_n]) ≈ 0,
 
-(the threshold of Burda, Grosse & Salakhutdinov 2016). A count of active dimensions says nothing about how much each of
-them carries, so that KL_d belongs beside it: a dimension just above the threshold may hold a hundredth of a nat.
+and a dimension counts as active where A_d > 0.01 (Burda, Grosse & Salakhutdinov 2016). The count says nothing about how
+much each of them carries, so that KL_d belongs beside it: a dimension just above the threshold may hold a hundredth of
+a nat.
 
 That a VAE does not use all dimensions it has is no fault as such: a nat of KL has to buy at least a nat of
 reconstruction. A fault is a dimension given up early, while the decoder could not yet use it. The usual remedy is to
