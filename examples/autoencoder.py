@@ -5,7 +5,7 @@ With q(z|x) a point mass at f(x), p(x|z) = N(g(z), I), and a flat prior, nothing
     −log p(x | f(x)) = ½ ‖x − g(f(x))‖² + (D/2) log 2π.
 
 If f and g are linear (affine), no choice of them has a smaller squared error than projection onto the first principal
-components, and every other minimum is a saddle point; the columns of g span the principal subspace, though they are
+components, and every other stationary point is a saddle; the columns of g span the principal subspace, though they are
 not the principal axes. Hidden layers let the codes lie on a curved surface and the error drop below that of PCA. A
 code of more dimensions than the data could carry all of the data: what limits it then is only how long it is trained.
 
