@@ -24,7 +24,6 @@ from pyro_vae.traces import evaluation_mode
 
 __all__ = ["VAE"]
 
-MASK = "Try MaskedInput(network), a network of twice the width that sees what is missing."
 ROWS_AT_ONCE = 4096  # of generate, reconstruct and similar
 
 
@@ -99,7 +98,10 @@ class VAE(nn.Module):
             except ValueError as error:
                 if not x.isnan().any():
                     raise
-                raise ValueError(f"posterior: no distribution for rows with missing values (NaN). {MASK}") from error
+                raise ValueError(
+                    "posterior: no distribution for rows with missing values (NaN). Try MaskedInput(network), a "
+                    "network of twice the width that sees what is missing."
+                ) from error
             self._check_posterior(q_z, x)
             return pyro.sample("z", q_z)
 
@@ -111,7 +113,7 @@ class VAE(nn.Module):
         with evaluation_mode():
             q_z = condition(self.posterior, x, *context, event_dims=_event_dims(x, *context), role="posterior")
             self._check_posterior(q_z, x)
-            return q_z.expand(x.shape[:1])
+            return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
     @torch.no_grad()
     def decode(self, z: Tensor, *context: Tensor) -> Any:
