@@ -30,9 +30,9 @@ from script import parse_options, save
 from torch import Tensor
 
 from pyro_vae import VAE, BetaELBO, draw_particles, fit, latent_usage
-from pyro_vae.beta import cyclical, linear
 from pyro_vae.distributions import ConditionalContinuousBernoulli, ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
+from pyro_vae.objectives.schedules import cyclical, linear
 from pyro_vae.plots import plot_interpolation, plot_traversal
 
 D, BATCH_SIZE, CAPACITY = 8, 100, 6.0

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import VAE, DenoisingELBO, fit
-from pyro_vae.denoising import gaussian_noise, masking_noise, salt_and_pepper_noise
 from pyro_vae.distributions import ConditionalDelta, ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
+from pyro_vae.objectives.denoising import gaussian_noise, masking_noise, salt_and_pepper_noise
 from pyro_vae.plots import plot_images
 
 CODE = 64  # dimensions, as many as pixels

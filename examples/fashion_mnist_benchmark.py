@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae import VAE, FitResult, fit, importance_sampling
-from pyro_vae.beta import BetaELBO, linear
 from pyro_vae.checkpoint import save_weights
 from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, StandardNormal, VampPrior
+from pyro_vae.objectives.beta import BetaELBO
+from pyro_vae.objectives.schedules import linear
 from pyro_vae.plots import plot_training
 
 PUBLISHED = {"normal": "-228.70 ± 0.15", "vamp": "-227.35 ± 0.05"}

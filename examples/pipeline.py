@@ -27,7 +27,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pyro_vae.transformer import VAETransformer
+from pyro_vae.integrations.sklearn import VAETransformer
 
 SIZES = (2, 10)  # components
 

@@ -26,9 +26,9 @@ from matplotlib import pyplot as plt
 from script import parse_options, save
 
 from pyro_vae import VAE, BetaELBO, fit, importance_sampling, latent_usage
-from pyro_vae.beta import linear
 from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
+from pyro_vae.objectives.schedules import linear
 from pyro_vae.plots import plot_latent_usage
 
 DIMENSIONS = 32

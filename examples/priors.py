@@ -32,13 +32,13 @@ from torch import Tensor
 from zuko.flows import NSF
 
 from pyro_vae import VAE, fit, importance_sampling
-from pyro_vae.conditional import condition
 from pyro_vae.distributions import (
     ConditionalBernoulli,
     ConditionalNormal,
     GaussianMixture,
     StandardNormal,
     VampPrior,
+    condition,
 )
 from pyro_vae.networks import MLP
 

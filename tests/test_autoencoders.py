@@ -22,10 +22,10 @@ from pyro_vae import (
     importance_sampling,
     stack,
 )
-from pyro_vae.beta import linear
-from pyro_vae.denoising import gaussian_noise, masking_noise, salt_and_pepper_noise
 from pyro_vae.distributions import ConditionalDelta, ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
+from pyro_vae.objectives.denoising import gaussian_noise, masking_noise, salt_and_pepper_noise
+from pyro_vae.objectives.schedules import linear
 
 
 def autoencoder(size: int, code: int, *, hidden=(), name: str = "vae") -> VAE:

@@ -12,7 +12,6 @@ from torch import nn
 from truths import LinearGaussian, linear_vae, small_vae
 
 from pyro_vae import VAE, BetaELBO, CompiledELBO, fit
-from pyro_vae.beta import cyclical, linear
 from pyro_vae.distributions import (
     ConditionalMultivariateNormal,
     ConditionalNormal,
@@ -21,6 +20,7 @@ from pyro_vae.distributions import (
     StandardNormal,
 )
 from pyro_vae.networks import MLP
+from pyro_vae.objectives.schedules import cyclical, linear
 
 
 def loss_and_gradient(elbo, vae, x):

@@ -7,7 +7,7 @@ import torch
 from truths import LinearGaussian
 
 from pyro_vae import compare, importance_sampling
-from pyro_vae.evidence import Evidence
+from pyro_vae.evidence.evidence import Evidence
 
 
 def evidence(values, errors=0.1, khat=0.2):

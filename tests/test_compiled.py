@@ -22,11 +22,11 @@ from truths import linear_vae, small_vae
 
 from pyro_vae import VAE, CompiledELBO, ImportanceWeightedELBO, fit
 from pyro_vae import graphs as graphs_module
+from pyro_vae.compiled.codegen import _Captured
+from pyro_vae.compiled.watch import Watch
 from pyro_vae.distributions import ConditionalBernoulli, StandardNormal
-from pyro_vae.graphs import _Captured
 from pyro_vae.networks import MLP
-from pyro_vae.steps import Steps
-from pyro_vae.watch import Watch
+from pyro_vae.training.steps import Steps
 
 ELBOS = [
     Trace_ELBO(),

@@ -23,8 +23,8 @@ from pyro_vae.distributions import (
     LearnedScale,
     StandardNormal,
 )
-from pyro_vae.elements import Beta, ContinuousBernoulli, NegativeBinomial, StudentT, excess
-from pyro_vae.gaussians import LowRankMultivariateNormal
+from pyro_vae.distributions.gaussians import LowRankMultivariateNormal
+from pyro_vae.distributions.univariate import Beta, ContinuousBernoulli, NegativeBinomial, StudentT, excess
 from pyro_vae.networks import MLP
 
 mp.mp.dps = 40

@@ -1,4 +1,4 @@
-"""Every estimator of evidence against exact truths: examples/benchmarks/evidence_truths.py in small, and its parts."""
+"""Every estimator of evidence against exact truths: benchmarks/evidence_truths.py in small, and its parts."""
 
 import math
 
@@ -18,11 +18,11 @@ from pyro_vae import (
     sandwich,
     simulate,
 )
-from pyro_vae.adaptation import fit_gaussians
-from pyro_vae.densities import LatentDensity
-from pyro_vae.evidence import LogWeightSummary
-from pyro_vae.particles import ParticleSampler
-from pyro_vae.proposals import from_guide, from_prior, mixture_weights
+from pyro_vae.evidence.adaptive import fit_gaussians
+from pyro_vae.evidence.density import LatentDensity
+from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
+from pyro_vae.particles.sampler import ParticleSampler
 
 DISCRETE = ("Bernoulli mixture", "Bernoulli mixture, enumerated")
 CONTINUOUS = [name for name in TRUTHS if name not in DISCRETE]

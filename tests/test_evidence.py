@@ -12,7 +12,7 @@ from pyro.infer import TraceMeanField_ELBO
 from truths import LinearGaussian, quadrature, small_vae
 
 from pyro_vae import fit, importance_sampling, prior_sampling
-from pyro_vae.evidence import LogWeightSummary, pareto_khat
+from pyro_vae.evidence.log_weights import LogWeightSummary, pareto_khat
 
 
 def test_agrees_with_quadrature_and_full_covariance_has_the_higher_elbo(device):

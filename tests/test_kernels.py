@@ -11,9 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from truths import LinearGaussian, linear_vae, quadrature, small_vae
 
 from pyro_vae import importance_sampling, prior_sampling
-from pyro_vae.kernels import CompiledLogWeight, rewrite
-from pyro_vae.particles import ParticleSampler
-from pyro_vae.traces import evaluation_mode
+from pyro_vae.compiled.rewriting import rewrite
+from pyro_vae.evidence.compiled import CompiledLogWeight
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.particles.sampler import ParticleSampler
 
 
 def images(n, shape=(4, 4)):

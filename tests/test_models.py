@@ -537,7 +537,7 @@ def test_the_elbo_of_a_low_rank_posterior_is_that_of_the_full_one():
 
 def test_a_fit_of_recorded_steps_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     """Of 300 steps, which "auto" records: interrupted in one process, taken up by the same call in another."""
-    monkeypatch.setattr("pyro_vae.resume.SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr("pyro_vae.training.resume.SECONDS_BETWEEN", 0.0)
     x = torch.bernoulli(torch.full((60, 4, 4), 0.4))
 
     def run(path, stop=None):

@@ -12,8 +12,8 @@ from torch import nn
 from truths import LinearGaussian, small_vae
 
 from pyro_vae import ImportanceWeightedELBO, draw_particles, importance_sampling
-from pyro_vae.particles import ParticleSampler
-from pyro_vae.traces import evaluation_mode
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.particles.sampler import ParticleSampler
 
 
 def exact_pair(size=None, subsample=None, lookup=False):

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, small_vae
 
 from pyro_vae import BetaELBO, fit
-from pyro_vae.beta import linear
 from pyro_vae.checkpoint import save_weights
+from pyro_vae.objectives.schedules import linear
 
 
 def weights(module):
@@ -164,7 +164,7 @@ def test_validation_may_come_later(tmp_path, x):
 def test_patience_may_come_later(tmp_path, x, monkeypatch):
     """Nobody kept the best weights so far: the best epoch is looked for anew, and its weights come back."""
     losses = iter([1.0, 2.0, 5.0, 3.0, 4.0, 6.0])
-    monkeypatch.setattr("pyro_vae.training._evaluate", lambda *_: next(losses))
+    monkeypatch.setattr("pyro_vae.training.loop._evaluate", lambda *_: next(losses))
     run(tmp_path / "l.pt", x, num_epochs=2, validation_data=x)
     result, vae = run(tmp_path / "l.pt", x, num_epochs=9, validation_data=x, patience=2)
     assert result.validation_loss == [1.0, 2.0, 5.0, 3.0, 4.0, 6.0]

@@ -21,8 +21,8 @@ from truths import linear_vae_log_evidence
 
 from pyro_vae import VAE, importance_sampling
 from pyro_vae.distributions import ConditionalFlow, ConditionalNormal, StandardNormal
+from pyro_vae.integrations.sklearn import VAETransformer
 from pyro_vae.networks import MLP
-from pyro_vae.transformer import VAETransformer
 
 # what scikit-learn asks of every estimator, and a score from random draws cannot give
 DOES_NOT_APPLY = {

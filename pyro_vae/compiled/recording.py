@@ -1,0 +1,233 @@
+r"""Graphs: any function of tensors as one graph of tensor operations, had by running it once.
+
+The function runs as it is, effect handlers and all, while `torch.fx`'s `make_fx` writes down which operations it asks
+for. Replaying these costs none of the function's Python, and a code-generating backend can fuse them. What was a tensor
+before the run (parameters, buffers, constants in closures) is an input of the graph, looked at anew in every replay;
+draws are drawn anew; all else is as it was in the recorded run. Where values decide what is done next there is no such
+graph: `Untraceable`, with the place.
+
+The backward pass is recorded along, as gradients of the leaves that it reaches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pyro_vae.compiled.codegen import generate
+
+__all__ = ["Graph", "Untraceable", "record", "record_gradients"]
+
+# Pyro turns losses into floats to report them, and asks whether they are NaN, to warn
+READS_LOSSES = ("pyro.infer.", "pyro.distributions.util", "pyro_vae.objectives")
+ASKS_FOR_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")
+READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
+COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique)
+
+
+class Untraceable(RuntimeError):
+    """No graph can be had from this function: what it does next depends on values."""
+
+
+class Graph:
+    """A recorded function: call it with as many tensors of the same shapes.
+
+    Args:
+        module: the graph; its inputs are `tensors`, then the function's own.
+        tensors: what the function read beside its arguments, alive.
+        leaves: those of them whose gradients come after the function's results.
+        num_results: how many tensors the function returns.
+
+    Attributes:
+        generated: whether code has been asked for.
+    """
+
+    def __init__(self, module: GraphModule, tensors: list[Tensor], leaves: list[Tensor], num_results: int) -> None:
+        self.module, self.tensors, self.leaves, self.num_results = module, tensors, leaves, num_results
+        self.generated = False
+        self._run: Callable = module.forward
+
+    def __call__(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Results, and the gradients of `leaves`."""
+        with torch.no_grad():
+            outputs = self._run(*self.tensors, *inputs)
+        return list(outputs[: self.num_results]), list(outputs[self.num_results :])
+
+    def generate_code(self, *inputs: Tensor) -> None:
+        """Goes on with code that torch's inductor generates, where it can. `inputs` are examples."""
+        if not self.generated:
+            self.generated = True
+            self._run = generate(self.module, self.tensors, list(inputs))
+
+
+def record(function: Callable, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Graph]:
+    """Runs a function of tensors once and records it, with its backward pass.
+
+    Args:
+        function: returns a list of tensors; it may call `Tensor.backward`, whose gradients are recorded instead of
+            added to those of the leaves.
+        *inputs: its arguments.
+
+    Returns:
+        what the function returned, the gradients, and its `Graph`.
+
+    Raises:
+        Untraceable: naming the place.
+    """
+    return _record(function, inputs, None)
+
+
+def record_gradients(function: Callable, *inputs: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor], Graph]:
+    """As `record`, with every `backward` that of weight × its tensor, and the norm of all gradients as last result.
+
+    `weight` (0-dim) is the last input of the graph.
+    """
+    return _record(function, (*inputs, weight), weight)
+
+
+def _record(
+    function: Callable, inputs: tuple[Tensor, ...], weight: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Graph]:
+    handler = _Handler()
+    values: list[Tensor] = []
+
+    def recorded(*inputs: Tensor) -> list[Tensor]:
+        nonlocal num_results
+        if weight is not None:
+            *inputs, handler.weight = inputs
+        with handler:
+            results = list(function(*inputs))
+        gradients = list(handler.gradients.values())
+        if weight is not None:
+            norms = [torch.linalg.vector_norm(g) for g in gradients]
+            results.append(torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(()))
+        num_results = len(results)
+        values.extend(t.detach() for t in (*results, *gradients))
+        return [*results, *gradients]
+
+    num_results = 0
+    try:
+        with pyro.validation_enabled(False):
+            module = make_fx(recorded)(*inputs)
+    except Exception as error:
+        raise Untraceable(_place(error)) from error
+    tensors, leaves = _lift(module), list(handler.gradients)
+    known = {id(t) for t in tensors}
+    if any(t.requires_grad and not t.is_leaf for t in tensors):
+        raise Untraceable("a tensor that was computed outside of the function requires a gradient")
+    if any(id(leaf) not in known for leaf in leaves):
+        raise Untraceable("a parameter is made in each call")
+    module.graph.eliminate_dead_code()  # draws stay, whether they are used or not
+    module.recompile()
+    return values[:num_results], values[num_results:], Graph(module, tensors, leaves, num_results)
+
+
+def _lift(module: GraphModule) -> list[Tensor]:
+    """Turns the tensors that a graph holds into its first inputs, and returns them."""
+    graph, lifted = module.graph, {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(module, node.target)
+            if id(tensor) not in lifted:
+                with graph.inserting_before(first):
+                    lifted[id(tensor)] = tensor, graph.placeholder(f"tensor_{len(lifted)}")
+            node.replace_all_uses_with(lifted[id(tensor)][1])
+            graph.erase_node(node)
+    return [tensor for tensor, _ in lifted.values()]
+
+
+class _Handler(TorchFunctionMode):
+    """What a recorded run may not do as usual.
+
+    Attributes:
+        gradients: {leaf: gradient} of every `Tensor.backward`.
+        weight: of every `Tensor.backward`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[Tensor, Tensor] = {}
+        self.weight: Tensor | None = None
+        self._made: dict[int, Tensor] = {}  # leaves of the function's own, whose gradients end with it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inputs"}
+            return self._backward(*args, **kwargs)
+        if func is Tensor.item and _caller().startswith(READS_LOSSES):
+            return args[0].detach().double()  # Pyro adds these as Python's floats
+        if func is Tensor.__bool__ and _caller() in ASKS_FOR_NAN:
+            return False
+        if func is Tensor.register_hook and getattr(args[1], "__module__", "") in ASKS_FOR_NAN:
+            return None
+        if func is Tensor.masked_select and _caller() == "pyro.infer.util":  # factors of a sum: zeros leave it as it is
+            return torch.where(args[1], args[0], 0).reshape(-1)
+        if func is Tensor.requires_grad_:
+            self._made[id(args[0])] = args[0]
+        if func in READS_VALUES:
+            raise Untraceable(f"{func.__name__} reads a value")
+        by_mask = func in SELECTS and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool for t in pytree.tree_leaves(args[1])
+        )
+        if by_mask or func in COUNTS:
+            raise Untraceable("how many elements are selected may be another number in each call")
+        return func(*args, **(kwargs or {}))
+
+    def _backward(
+        self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
+    ) -> None:
+        leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in self._made]
+        if not leaves:
+            return
+        if self.weight is not None and gradient is None:
+            gradient = self.weight.to(loss)
+        found = torch.autograd.grad(loss, leaves, gradient, retain_graph, create_graph, allow_unused=True)
+        for leaf, grad in zip(leaves, found, strict=True):
+            if grad is not None:
+                self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that `loss.backward()` would give a gradient to."""
+    leaves, seen, left = [], set(), [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        left.extend(n for n, _ in reversed(node.next_functions))
+    return leaves
+
+
+def _caller() -> str:
+    """Name of the module whose code called the torch function that is being handled."""
+    return sys._getframe(2).f_globals.get("__name__", "")
+
+
+def _place(error: BaseException) -> str:
+    """The last line of a user's code on the way to an error, or the last of all."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    libraries = [
+        os.path.dirname(file) + os.sep for file in (torch.__file__, sys.modules["pyro_vae"].__file__, pyro.__file__)
+    ]
+    outside = [[f for f in frames if not f.filename.startswith(tuple(libraries[:n]))] for n in (3, 2, 1, 0)]
+    where = next(found for found in outside if found)[-1]
+    if "value out of a tracing tensor" in str(error):
+        return f"{where.filename}:{where.lineno}: {where.line} (a value is read here)"
+    reason = str(error).strip().partition("\n")[0]
+    return f"{where.filename}:{where.lineno}: {where.line} ({type(error).__name__}: {reason[:200]})"

@@ -1,0 +1,63 @@
+"""Rewritings of a graph that spare what the matrix products do not cost."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph as Nodes
+from torch.fx import GraphModule, Node
+
+__all__ = ["rewrite"]
+
+aten = torch.ops.aten
+
+
+def rewrite(module: GraphModule) -> None:
+    """The two rewritings at the top of this file."""
+    nodes = module.graph
+    for node in list(nodes.nodes):
+        if node.target is aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+            shape = list(node.meta["val"].shape)
+            with nodes.inserting_before(node):
+                # a dimension more, or inductor makes it addmm again
+                product = nodes.call_function(
+                    aten.view.default, (nodes.call_function(aten.mm.default, (x, weight)), [1, *shape])
+                )
+                total = nodes.call_function(aten.add.Tensor, (product, bias))
+                node.replace_all_uses_with(nodes.call_function(aten.view.default, (total, shape)))
+            nodes.erase_node(node)
+        elif node.target is aten.binary_cross_entropy_with_logits.default:
+            _sum_bernoulli(nodes, node)
+    nodes.lint()
+    module.recompile()
+
+
+def _sum_bernoulli(nodes: Nodes, node: Node) -> None:
+    """Rewrites sum(view(neg(cross entropy)), −1), as Pyro asks for it."""
+    path = [node]
+    for target in (aten.neg.default, aten.view.default, aten.sum.dim_IntList):
+        users = list(path[-1].users)
+        if len(users) != 1 or users[0].target is not target:
+            return
+        path.append(users[0])
+    _, _, view, total = path
+    logits, x, *options = node.args
+    if options not in ([], [None, None, 0]) or node.kwargs or list(total.args[1]) != [-1] or len(total.args) > 2:
+        return
+    shape = list(view.meta["val"].shape)
+    size = shape[-1]
+    group = max(g for g in range(1, 101) if size % g == 0)
+
+    def call(target: object, *args: object) -> Node:
+        return nodes.call_function(target, args)
+
+    with nodes.inserting_before(total):
+        logits, x = (call(aten.reshape.default, t, shape) for t in (logits, x))
+        linear = call(aten.sub.Tensor, call(aten.mul.Tensor, x, logits), call(aten.clamp_min.default, logits, 0))
+        small = call(aten.exp.default, call(aten.neg.default, call(aten.abs.default, logits)))
+        factors = call(aten.reshape.default, call(aten.add.Tensor, small, 1), [*shape[:-1], size // group, group])
+        logs = call(aten.log.default, call(aten.prod.dim_int, factors, -1))
+        sums = [call(aten.sum.dim_IntList, t, [-1]) for t in (linear, logs)]
+        total.replace_all_uses_with(call(aten.sub.Tensor, *sums))
+    for old in reversed(path):
+        nodes.erase_node(old)

@@ -1,0 +1,137 @@
+r"""What every conditional distribution is, whatever it is made of: something that returns a distribution when called.
+
+A model and its amortized posterior are two factorisations of one coupling, p(z) p(x|z) and q(z|x), so the same classes
+serve as prior, likelihood and posterior. `condition` calls anything that returns a distribution.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.distribution import Distribution as PyroDistribution
+from torch import Size, Tensor, nn
+from torch.distributions import Independent, constraints
+
+__all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value"]
+
+
+def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
+    """The distribution of `conditional` given `inputs`, whatever kind of conditional distribution it is.
+
+    Args:
+        conditional: a family of this package, a `pyro.distributions.ConditionalDistribution` (its `condition` is
+            called), a distribution (returned as it is), or any callable that returns one: a module, a function, a Zuko
+            flow.
+        inputs: what to condition on.
+        event_dims: number of event dimensions of each input (those right of its batch dimensions).
+        role: how error messages call it.
+
+    Returns:
+        A Pyro distribution; one of torch or Zuko is wrapped into one.
+
+    Raises:
+        TypeError: `conditional` is not callable, or does not return a distribution.
+
+    Example:
+        >>> condition(lambda z: torch.distributions.Normal(z, 1.0), torch.zeros(3)).sample().shape
+        torch.Size([3])
+    """
+    if isinstance(conditional, (PyroDistribution, torch.distributions.Distribution)):
+        result = conditional
+    elif isinstance(conditional, dist.ConditionalDistribution):
+        result = conditional.condition(*inputs)
+    elif isinstance(conditional, Broadcasting):
+        result = conditional(*inputs, event_dims=event_dims)
+    elif callable(conditional):
+        result = conditional(*inputs)
+    else:
+        raise TypeError(f"{role}: expected a distribution or a callable that returns one, got {conditional!r}.")
+    if isinstance(result, PyroDistribution):
+        return result
+    if isinstance(result, torch.distributions.Distribution):
+        return Adapted(result)
+    raise TypeError(
+        f"{role}: expected a distribution, got {type(result).__name__} from {type(conditional).__name__}. "
+        "Try to return dist.Normal(loc, scale).to_event(1), or wrap the network: ConditionalNormal(network, size)."
+    )
+
+
+class Broadcasting(nn.Module, ABC):
+    """Abstract: a conditional distribution that is told which dimensions of its inputs are those of events, and takes
+    everything left of them as batch, under any number of plates and particles."""
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        """The distribution of y given `inputs`, each (*batch, *event); `event_dims` counts the event dimensions of
+        each (default: one). Batch shapes broadcast.
+        """
+
+    @staticmethod
+    def rows(inputs: Sequence[Tensor], event_dims: Sequence[int] | None) -> tuple[Size, list[Tensor]]:
+        """The batch shape of inputs, and these with the batch flattened, (B, *event)."""
+        dims = [1] * len(inputs) if event_dims is None else event_dims
+        batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
+        rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
+        return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]
+
+
+class Adapted(dist.TorchDistribution):
+    """A distribution of torch or Zuko as one of Pyro's, with the `support`, `sample` and `rsample` that Pyro's own
+    adapter for Zuko lacks."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, base: torch.distributions.Distribution) -> None:
+        self.base = base
+        self.has_rsample = base.has_rsample
+        super().__init__(base.batch_shape, base.event_shape, validate_args=False)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Adapted:
+        return Adapted(self.base.expand(Size(batch_shape)))
+
+    @property
+    def support(self) -> Any:
+        try:
+            support = self.base.support
+        except (AttributeError, NotImplementedError):
+            support = None
+        return constraints.independent(constraints.real, len(self.event_shape)) if support is None else support
+
+    @property
+    def mean(self) -> Tensor:
+        return self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self.base.variance
+
+    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+        return self.base.rsample(sample_shape)
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        with torch.no_grad():
+            return self.base.sample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.base.log_prob(value)
+
+
+def expected_value(distribution: Any) -> Tensor | None:
+    """E[y]; of categories, which have none, the most probable; None where it is not known in closed form."""
+    base = distribution
+    while isinstance(base, Independent):
+        base = base.base_dist
+    try:
+        return base.mode.to(base.logits.dtype) if isinstance(base, dist.Categorical) else distribution.mean
+    except NotImplementedError:
+        return None
+
+
+def event_shape_of(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """An event shape; an int is that of a vector."""
+    return (shape,) if isinstance(shape, int) else tuple(shape)

@@ -1,0 +1,69 @@
+"""The protocol of an estimator: log-weights for chunks of rows and of particles become `Evidence`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evidence.evidence import LOWER_BOUND, NO_BOUND, UPPER_BOUND, Evidence
+from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.particles.sampler import ParticleSampler
+from pyro_vae.progress import progress_bar
+
+__all__ = ["collect"]
+
+
+def collect(
+    sampler: ParticleSampler,
+    prepare: Callable[[slice], Callable[[int], Tensor]],
+    num_particles: int,
+    *,
+    method: str,
+    exact: bool = False,
+    smooth: bool = False,
+    correction: str | None = None,
+    chunk_size: int | None = None,
+    tensors: float = 1.0,
+    together: int | None = None,
+    progress: bool = True,
+) -> Evidence:
+    """Evidence from log-weights, for chunks of rows and of particles.
+
+    Args:
+        sampler: of the pair.
+        prepare: rows -> a function: count -> new log-weights (count, N). With `exact`, the first call is for one.
+        num_particles: K.
+        method: name of the estimator.
+        exact: the first particle of each row is an exact draw from the posterior, and passed alone: an upper bound.
+        smooth: replace the tail of the weights by that of the fitted Pareto distribution.
+        correction: of the bias: None, "delta" or "jackknife".
+        chunk_size: particles × rows of one pass.
+        tensors: how many times the tensors of one log-weight a pass makes.
+        together: how many particles of a row should pass at once, as in `ParticleSampler.chunks`.
+        progress: show a progress bar, if on a terminal.
+    """
+    bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
+    sampler.layout.check_density()
+    if not any(site["is_observed"] for site in sample_sites(sampler.layout.model_trace).values()):
+        raise ValueError(
+            "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "
+            "order of the arguments, (model, guide, x)."
+        )
+    parts = []
+    with torch.no_grad(), evaluation_mode():
+        rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)
+        with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
+            for r in rows:
+                draw = prepare(r)
+                summary = LogWeightSummary(num_particles, smooth=smooth, correction=correction)
+                for count in [1] * exact + counts:
+                    log_weight = draw(count)
+                    summary.update(log_weight)
+                    bar.update(log_weight.numel())
+                parts.append(summary.result())
+    values = [torch.cat([part[i] for part in parts]) for i in range(4)]
+    return Evidence(*values, num_particles, bound, method)

@@ -1,0 +1,90 @@
+r"""The evidence kernel: log-weights of new particles for some rows as one compiled graph.
+
+What `ParticleSampler.log_weight` does (guide, model, log-probabilities, their sum over event and inner plates) is
+recorded once for a number of particles and of rows, and replayed for all other rows. On the way to generated code two
+rewritings spare what the matrix products do not cost:
+
+- a bias is added where its sum is used, not copied into the product's result beforehand;
+- the sum of Bernoulli log-likelihoods over D pixels with logits l takes D exponentials and D/G logarithms,
+
+      Σ_d log p(x_d|l_d) = Σ_d (x_d l_d − max(l_d, 0)) − Σ_groups log Π_{d in group} (1 + exp(−|l_d|)),
+
+  with groups of G ≤ 100: a product of so many factors in (1, 2] is at most 2¹⁰⁰, and no less exact than their logs.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from pyro_vae.compiled.recording import Graph, Untraceable, record
+from pyro_vae.compiled.rewriting import rewrite
+from pyro_vae.pairs.modes import random_state, set_random_state
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["CompiledLogWeight", "compiled_log_weight"]
+
+
+def compiled_log_weight(sampler: ParticleSampler, compile: bool | str, passes: int) -> CompiledLogWeight | None:
+    """What draws log-weights: by the number of passes, not by their time, so that a seed gives the same numbers again.
+
+    Args:
+        sampler: of the pair.
+        compile: True, False, or "auto": Pyro as it is for less than 30 passes, its operations recorded for less than
+            1000, beyond that through generated code.
+        passes: how many are to come.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}.")
+    if sampler.layout.fixed is not None or not compile or (compile == "auto" and passes < 30):
+        return None
+    return CompiledLogWeight(sampler, generate_code=compile is True or passes >= 1000)
+
+
+class CompiledLogWeight:
+    """`sampler.log_weight`, recorded for each number of rows; code is generated for the first of these.
+
+    Passes are to be of about the same size: where a few particles less are asked for, the others are thrown away.
+
+    Args:
+        sampler: of a pair whose rows can be told apart, or that has all in one pass.
+        generate_code: go on with generated code.
+    """
+
+    def __init__(self, sampler: ParticleSampler, *, generate_code: bool) -> None:
+        self.sampler, self.generate_code = sampler, generate_code
+        self._graphs: dict[int, tuple[int, Graph]] = {}  # {rows: (particles, graph)}
+        self._refused = False
+
+    def __call__(self, num_particles: int, rows: slice) -> Tensor:
+        """log w, (K, rows), nats; data that are not finite or not in support are not looked for."""
+        if self._refused:
+            return self.sampler.log_weight(num_particles, rows, check=False)
+        layout, size = self.sampler.layout, rows.stop - rows.start
+        args, kwargs = layout.cut(rows)
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        recorded, graph = self._graphs.get(size, (0, None))
+        if recorded >= num_particles:
+            if self.generate_code and size == next(iter(self._graphs)):
+                graph.generate_code(*tensors)
+            return graph(*tensors)[0][0][:num_particles]
+
+        def log_weight(*tensors: Tensor) -> list[Tensor]:
+            left = iter(tensors)
+            replaced = [next(left) if isinstance(a, Tensor) else a for a in (*args, *kwargs.values())]
+            with layout.using(tuple(replaced[: len(args)]), dict(zip(kwargs, replaced[len(args) :], strict=True))):
+                return [self.sampler.log_weight(num_particles, rows, check=False)]
+
+        state = random_state()
+        try:
+            (value,), _, graph = record(log_weight, *tensors)
+        except Untraceable as error:
+            warnings.warn(f"Pyro runs as it is, not compiled: {error}. compile=False says so beforehand.", stacklevel=6)
+            set_random_state(state)
+            self._refused = True
+            return self.sampler.log_weight(num_particles, rows, check=False)
+        if self.generate_code:
+            rewrite(graph.module)
+        self._graphs[size] = num_particles, graph
+        return value

@@ -1,0 +1,213 @@
+r"""Log-densities of unconstrained latents: what adapted proposals and annealing need of a (model, guide) pair.
+
+All continuous latents of a data point become one vector u in R^D, by the bijections that Pyro has for their supports.
+For K vectors of each of N points,
+
+    log p(u) = log p(z(u)) + log |dz/du|,   log p(x|u) = log p(x|z(u)),   log q(u|x) = log q(z(u)|x) + log |dz/du|,
+
+differentiable in u; latents that are discrete are summed out of each. Supports may depend on other latents (a uniform
+below another): the model maps its own sites as it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to, transforms
+
+from pyro_vae.pairs.handlers import SetValues, StopAfter, unobserved
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["LatentDensity"]
+
+
+class LatentDensity:
+    """p(u), p(x|u) and q(u|x) of some rows of a pair.
+
+    Args:
+        sampler: of the pair.
+        rows: which data points; None for all.
+
+    Attributes:
+        dim: D.
+
+    Raises:
+        ValueError: a discrete latent that is not marked for enumeration.
+    """
+
+    def __init__(self, sampler: ParticleSampler, rows: slice | None = None) -> None:
+        self.sampler, self.layout, self.rows = sampler, sampler.layout, rows
+        self.discrete = self.layout.summed | self.layout.enumerated
+        with torch.no_grad():
+            self._guide_trace, model_trace = sampler.traces(1, rows)
+            self._sites = {n: s for n, s in sample_sites(model_trace).items() if self._is_continuous(n, s)}
+            parts = {name: self._unconstrained(site) for name, site in self._sites.items()}
+        self._shapes = {name: part.shape[2:] for name, part in parts.items()}
+        self._is_real = all(_is_real(site["fn"].support) for site in self._sites.values())
+        self.dim = sum(prod(shape) for shape in self._shapes.values())
+        if not self.dim:
+            raise ValueError("the model has no continuous latent. Try importance_sampling, which needs none.")
+
+    @property
+    def knows_guide(self) -> bool:
+        """Whether q(u|x) can be evaluated: a guide with auxiliary variables can only be drawn from."""
+        sites = sample_sites(self._guide_trace).items()
+        return {name for name, site in sites if not site["is_observed"]} <= self.layout.latents
+
+    @property
+    def masked(self) -> list[str]:
+        """Latent sites that are masked somewhere, and have no proper density there."""
+        masks = {name: site["mask"] for name, site in self._sites.items() if site["mask"] is not None}
+        return [name for name, mask in masks.items() if not torch.as_tensor(mask).all()]
+
+    def _is_continuous(self, name: str, site: dict) -> bool:
+        if site["is_observed"] or name in self.discrete:
+            return False
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"site {name!r} is discrete; this needs continuous latents, and discrete ones to be marked for summing "
+                "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling with its defaults."
+            )
+        return True
+
+    # -- draws --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw(self, num_particles: int) -> Tensor:
+        """u ~ q(u|x), (K, N, D)."""
+        if self._is_real:  # the model is not needed to say what the supports are
+            return self._join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
+        return self._join(self.sampler.traces(num_particles, self.rows, check=False)[1])
+
+    @torch.no_grad()
+    def draw_prior(self, num_particles: int) -> Tensor:
+        """u ~ p(u), (K, N, D)."""
+        prior = StopAfter(self._sites)(unobserved(self.sampler.model))
+        return self._join(self.sampler.run(prior, num_particles, self.rows))
+
+    def exact(self, draws: Mapping[str, Tensor] | None) -> Tensor | None:
+        """u of draws {site: (N_all, *inner plates, *event)} at these rows, (1, N, D)."""
+        if draws is None:
+            return None
+        missing = self._sites.keys() - draws.keys()
+        if missing:
+            sites = sorted(self._sites)
+            raise ValueError(f"exact_draw: expected draws of the sites {sites}, missing {sorted(missing)}.")
+        return self.unconstrain({name: draws[name][self.rows or slice(None)].unsqueeze(0) for name in self._sites})
+
+    @torch.no_grad()
+    def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
+        """u of latents {site: (K, N, *inner plates, *event)}, (K, N, D)."""
+        given = SetValues({name: self._place(name, latents[name]) for name in self._sites})
+        num_particles = len(latents[next(iter(self._sites))])
+        return self._join(self.sampler.run(given(self.sampler.model), num_particles, self.rows))
+
+    # -- densities ----------------------------------------------------------------------------------------------------
+
+    def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x|u), each (K, N), nats."""
+        return self._evaluate(u)[:2]
+
+    def log_all(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p(u), log p(x|u) and log q(u|x), each (K, N), nats."""
+        prior, likelihood, log_det, latents = self._evaluate(u)
+        return prior, likelihood, self._log_posterior(latents, len(u)) + log_det
+
+    def gradient(self, u: Tensor) -> Tensor:
+        """∇ log p(x, u), (K, N, D)."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            prior, likelihood = self.log_joint(u)
+            return torch.autograd.grad((prior + likelihood).sum(), u)[0]
+
+    def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        handler = _Constrain(self._split(u))
+        sampler, count = self.sampler, len(u)
+        trace = sampler.run(handler(sampler.model), count, self.rows, enumerate_sites=self.discrete)
+        log_det = sum(self.layout.sum_to_points(name, value, self.rows) for name, value in handler.log_dets.items())
+        prior, likelihood = sampler.log_prior_likelihood(trace, count, self.rows, summed=self.discrete)
+        return prior + log_det, likelihood, log_det, handler.latents
+
+    def _log_posterior(self, latents: dict[str, Tensor], num_particles: int) -> Tensor:
+        sites = {n: s for n, s in sample_sites(self._guide_trace).items() if not s["is_observed"]}
+        if not self.knows_guide:
+            raise ValueError(
+                f"the guide draws {sorted(sites.keys() - self.layout.latents)}, which are no latents of the model, so "
+                "that its density at a point is not known. Try adaptive_importance_sampling, or annealing from there."
+            )
+        if len(sites) == 1 and not self.discrete:  # q depends on no other latent, and its encoder ran already
+            name, site = next(iter(sites.items()))
+            log_prob = site_log_prob({**site, "value": latents[name]})
+            return self.layout.sum_to_points(name, log_prob, self.rows)
+        guide = SetValues(latents)(self.sampler.guide)
+        trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.layout.enumerated)
+        return self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.layout.enumerated)
+
+    # -- u and the sites' values --------------------------------------------------------------------------------------
+
+    def _unconstrained(self, site: dict) -> Tensor:
+        """A site's value in R^d as (K, N, *inner plates, *event)."""
+        transform = biject_to(site["fn"].support)
+        event = site["value"].dim() - len(site["fn"].event_shape)
+        value = transform.inv(site["value"])
+        like = {**site, "value": value, "fn": _EventShape(value.shape[event:])}
+        return self.layout.align(like, self.rows)
+
+    def _join(self, trace: poutine.Trace) -> Tensor:
+        sites = sample_sites(trace)
+        parts = [part.reshape(*part.shape[:2], -1) for part in map(self._unconstrained, map(sites.get, self._sites))]
+        count, rows = max(len(p) for p in parts), max(p.shape[1] for p in parts)
+        return torch.cat([p.expand(count, rows, -1) for p in parts], -1)
+
+    def _split(self, u: Tensor) -> dict[str, Tensor]:
+        sizes = [prod(shape) for shape in self._shapes.values()]
+        parts = zip(self._shapes.items(), u.split(sizes, -1), strict=True)
+        return {name: self._place(name, part.reshape(*u.shape[:2], *shape)) for (name, shape), part in parts}
+
+    def _place(self, name: str, value: Tensor) -> Tensor:
+        missing = 0 if self.layout.fixed is None else self.layout.fixed - value.shape[1]
+        if missing:  # a plate of fixed size runs on more rows than are wanted, which come last
+            value = torch.cat([value[:, :1].expand(-1, missing, *value.shape[2:]), value], 1)
+        return self.layout.place(self._sites[name], value)
+
+
+class _Constrain(Messenger):
+    """Sets latent sites to the images of unconstrained values, and keeps the log-determinants."""
+
+    def __init__(self, unconstrained: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.unconstrained = unconstrained
+        self.latents: dict[str, Tensor] = {}
+        self.log_dets: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: dict) -> None:
+        name = msg["name"]
+        if name not in self.unconstrained:
+            return
+        u, transform = self.unconstrained[name], biject_to(msg["fn"].support)
+        value = transform(u)
+        self.latents[name] = msg["value"] = value
+        log_det = transform.log_abs_det_jacobian(u, value)
+        event = len(msg["fn"].event_shape) - transform.codomain.event_dim  # that the transform leaves in its batch
+        self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det
+
+
+def _is_real(support: Any) -> bool:
+    transform = biject_to(support)
+    while isinstance(transform, transforms.IndependentTransform):
+        transform = transform.base_transform
+    return transform == transforms.identity_transform
+
+
+class _EventShape:
+    """Stands in for the distribution of a site whose value was mapped to another event shape."""
+
+    def __init__(self, event_shape: torch.Size) -> None:
+        self.event_shape = event_shape

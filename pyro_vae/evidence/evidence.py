@@ -1,0 +1,102 @@
+r"""Evidence: log p(x) of every data point, with an error bar and a verdict on it.
+
+With log-weights log w_k = log p(x, z_k) − log q(z_k|x), z_k ~ q(z|x), every estimator here is a log-mean-exp,
+
+    log p̂(x) = log 1/K Σ_k w_k,   E log p̂(x) ≤ log p(x) = log E w,
+
+a lower bound in expectation that rises with K (Burda, Grosse & Salakhutdinov 2016, *Importance Weighted Autoencoders*,
+theorem 1); its bias is −Var(w) / (2 K p(x)²) + O(1/K²) (Nowozin 2018). What belongs to it:
+
+- effective sample size, ESS = (Σ w)² / Σ w², between 1 and K;
+- standard error of log p̂ by the delta method, √(1/ESS − 1/K): it needs weights of finite variance;
+- Pareto k-hat, the shape of the weights' tail (`pyro_vae.evidence.pareto`);
+- corrections of the bias, on request: + ½ (1/ESS − 1/K) by the delta method; or the jackknife, K L_K − (K − 1) times
+  the mean of L_{K−1} over the K subsets of K − 1 weights, whose bias is O(1/K²) (Nowozin 2018, *Debiasing Evidence
+  Approximations*). Neither is a bound any more.
+
+Weights stream through in chunks; sums are kept in float64 and of the weights only the largest, so that memory depends
+on neither K nor N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log10, nan, sqrt
+
+import torch
+from torch import Tensor
+
+__all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence"]
+
+LOWER_BOUND = "lower bound on log p(x) in expectation"
+UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
+NO_BOUND = "estimate of log p(x), neither a lower nor an upper bound"
+
+
+@dataclass(frozen=True, repr=False)
+class Evidence:
+    """Estimates of log p(x) for N data points; `print` gives a summary.
+
+    Attributes:
+        log_evidence: estimate of log p(x), (N,), float64, nats.
+        standard_error: of `log_evidence`, (N,), nats, by the delta method; too small where k-hat is too large.
+        effective_sample_size: (Σw)²/Σw², (N,), of `num_particles`.
+        pareto_khat: tail shape of the weights, (N,); −inf where the largest weights are all equal (the exact
+            posterior), NaN where there are too few particles to tell (K < 21) or weights that are not finite.
+        num_particles: K.
+        bound: what `log_evidence` is a bound of, and in which sense.
+        method: name of the estimator.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    effective_sample_size: Tensor
+    pareto_khat: Tensor
+    num_particles: int
+    bound: str
+    method: str
+
+    @property
+    def threshold(self) -> float:
+        """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21, where there is none."""
+        return min(1 - 1 / log10(self.num_particles), 0.7) if self.num_particles > 20 else nan
+
+    @property
+    def doubtful(self) -> Tensor:
+        """Which points not to trust, (N,), bool: k-hat above the threshold, unknown, or no finite estimate."""
+        return ~(self.pareto_khat <= self.threshold) | ~torch.isfinite(self.log_evidence)
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of log p(x) over the finite points, its standard error from the N points, and that from the particles.
+
+        The first error is the spread of the data, sd/√N (NaN for one point), the second √Σ se² / N, which is too small
+        where points are `doubtful`; they add in quadrature.
+        """
+        x, se = self.log_evidence, self.standard_error
+        finite = torch.isfinite(x)
+        x, se = x[finite], se[finite]
+        n = max(len(x), 1)
+        sd = x.std().item() if n > 1 else nan
+        return x.mean().item(), sd / sqrt(n), se.square().sum().sqrt().item() / n
+
+    def __repr__(self) -> str:
+        n, (mean, spread, error) = len(self.log_evidence), self.mean
+        ess, khat = self.effective_sample_size, self.pareto_khat
+        known = khat[~khat.isnan()]
+        khat_line = f"median {known.median():.2f}, largest {known.max():.2f}; " if len(known) else ""
+        lines = [
+            f"Evidence of {n} data point{'s' * (n != 1)} by {self.method}, {self.num_particles} particles each (nats)",
+            f"  mean log p(x)          {mean:.3f}{f' ± {spread:.3f} (points)' * (n > 1)} ± {error:.3f} (particles)",
+            f"  standard error         median {self.standard_error.nanmedian():.3f}, "
+            f"largest {self.standard_error.nan_to_num(0).max():.3f}",
+            f"  effective sample size  median {ess.nanmedian():.1f}, smallest {ess.nan_to_num(0).min():.1f}",
+            f"  Pareto k-hat           {khat_line}{int(self.doubtful.sum())} of {n} points not to trust "
+            + (f"(above {self.threshold:.2f})" if len(known) else "(too few particles to tell)"),
+            f"  bound                  {self.bound}",
+        ]
+        bad = (~torch.isfinite(self.log_evidence)).nonzero().flatten().tolist()
+        if bad:
+            shown = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
+            lines.append(f"  not finite             {len(bad)} points, left out of the mean: rows {shown}")
+        return "\n".join(lines)

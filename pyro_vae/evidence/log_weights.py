@@ -1,0 +1,114 @@
+"""Summaries of log-weights that stream through in chunks: log-mean-exp, its error, effective sample size, k-hat."""
+
+from __future__ import annotations
+
+from math import log, nan, sqrt
+
+import torch
+from torch import Tensor
+
+from pyro_vae.evidence.pareto import fit_tail, tail_length
+
+__all__ = ["LogWeightSummary", "pareto_khat"]
+
+
+class LogWeightSummary:
+    """Log-mean-exp, error, ESS and k-hat of K log-weights for each of n points, from chunks of them in any order.
+
+    Args:
+        num_particles: K in total, which decides how many of the largest weights are kept.
+        smooth: replace the tail of the weights by that of the fitted Pareto distribution.
+        correction: of the bias: None, "delta" or "jackknife".
+
+    Example:
+        >>> summary = LogWeightSummary(100)
+        >>> summary.update(torch.ones(60, 2))
+        >>> summary.update(torch.ones(40, 2))
+        >>> [round(v[0].item(), 3) for v in summary.result()]
+        [1.0, 0.0, 100.0, -inf]
+    """
+
+    def __init__(self, num_particles: int, *, smooth: bool = False, correction: str | None = None) -> None:
+        if correction not in (None, "delta", "jackknife"):
+            raise ValueError(f"correction: expected None, 'delta' or 'jackknife', got {correction!r}.")
+        if correction is not None and num_particles < 2:
+            raise ValueError(f"correction={correction!r} needs num_particles of at least 2, got {num_particles}.")
+        self.num_particles, self.smooth, self.correction = num_particles, smooth, correction
+        self.count = 0
+        self._tail_length = tail_length(num_particles)
+        # the tail and one more as its threshold; the jackknife sums a series in the others, each below 1/100 of all
+        self._kept = max(self._tail_length + 1, min(num_particles, 100))
+        self._powers = 4 if correction == "jackknife" else 2
+        self._top: Tensor | None = None
+        self._rest: Tensor | float = -float("inf")  # log Σ wᵖ of those that are not kept, for p = 1, 2, …
+        self._tolerance = 0.0
+
+    def update(self, log_weight: Tensor) -> None:
+        """Takes a chunk (k, n) of log-weights."""
+        self._tolerance = max(self._tolerance, sqrt(torch.finfo(log_weight.dtype).eps))
+        log_weight = log_weight.double()
+        self.count += len(log_weight)
+        every = log_weight if self._top is None else torch.cat([self._top, log_weight])
+        self._top, kept = every.topk(min(self._kept, len(every)), dim=0)
+        if len(every) > len(kept):
+            rest = every.scatter(0, kept, -float("inf"))
+            sums = torch.stack([(p * rest).logsumexp(0) for p in range(1, self._powers + 1)])
+            self._rest = torch.logaddexp(torch.as_tensor(self._rest).to(sums), sums)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log evidence, its standard error, effective sample size and k-hat, each (n,), float64."""
+        k = self.num_particles
+        if self.count != k:
+            raise ValueError(f"expected {k} log-weights per point, got {self.count}.")
+        top = self._top
+        khat, smoothed = fit_tail(top, self._tail_length, self._tolerance)
+        if self.smooth:
+            top = torch.cat([smoothed, top[len(smoothed) :]])
+        rest = torch.as_tensor(self._rest).to(top).expand(self._powers, *top.shape[1:])
+        first, second = (torch.logaddexp((p * top).logsumexp(0), rest[p - 1]) for p in (1, 2))
+        ess = (2 * first - second).exp().clamp(max=k)
+        variance = (1 / ess - 1 / k).clamp(min=0) if k > 1 else torch.full_like(ess, nan)
+        value = first - log(k)
+        if self.correction == "delta":
+            value = value + variance / 2
+        if self.correction == "jackknife":
+            value, variance = self._jackknife(top, rest, first)
+        return value, variance.sqrt(), ess, khat
+
+    def _jackknife(self, top: Tensor, rest: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Jackknife estimate and its variance, from log(1 − r_j), r_j the share of w_j in the sum of all weights.
+
+        Leaving w_j out gives L_{K−1} = log Σ w + log(1 − r_j) − log(K − 1). Shares of weights that were not kept are
+        below 1/100: powers up to r⁴ are left of log(1 − r) and of its square, which errs by less than 1e-8.
+        """
+        k = self.num_particles
+        left = torch.log1p(-(top - first).exp().clamp(max=1 - 1e-15))
+        r1, r2, r3, r4 = ((rest[p - 1] - p * first).exp() for p in (1, 2, 3, 4))
+        total = left.sum(0) - (r1 + r2 / 2 + r3 / 3 + r4 / 4)
+        squares = left.square().sum(0) + (r2 + r3 + 11 / 12 * r4)
+        value = first - (k - 1) / k * total - k * log(k) + (k - 1) * log(k - 1)
+        return value, ((k - 1) / k * (squares - total.square() / k)).clamp(min=0)
+
+
+def pareto_khat(log_weight: Tensor) -> Tensor:
+    """Pareto k-hat of K log-weights for each of N points; see the top of this module for its meaning.
+
+    Args:
+        log_weight: (K, N), nats, up to a constant per point.
+
+    Returns:
+        (N,), float64. −inf where the largest weights are equal to rounding, NaN for K < 21 or weights that are NaN.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto Smoothed Importance Sampling, JMLR 25(72).
+
+    Example:
+        >>> torch.manual_seed(0)
+        <torch._C.Generator object at ...>
+        >>> ratio = torch.rand(4000, 1).pow(-0.5)  # a Pareto distribution of shape 0.5
+        >>> round(pareto_khat(ratio.log()).item(), 1)
+        0.5
+    """
+    summary = LogWeightSummary(len(log_weight))
+    summary.update(log_weight)
+    return summary.result()[3]

@@ -1,0 +1,1 @@
+"""Amortized guides for any model."""

@@ -1,0 +1,145 @@
+r"""A VAE as a scikit-learn transformer, for pipelines: z = E_q[z|x] as the reduced form of x.
+
+Needs scikit-learn, and is imported by nothing else here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, validate_data
+
+from pyro_vae.distributions.continuous import ConditionalNormal, LearnedScale
+from pyro_vae.distributions.multivariate import ConditionalMultivariateNormal
+from pyro_vae.distributions.priors import StandardNormal
+from pyro_vae.distributions.structure import expected_value
+from pyro_vae.evidence.importance import importance_sampling
+from pyro_vae.models.vae import VAE
+from pyro_vae.networks import MLP
+from pyro_vae.training.loop import fit
+
+__all__ = ["VAETransformer"]
+
+
+class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    r"""Dimension reduction by a VAE, with scikit-learn's interface.
+
+    By default the model is x ~ N(g(z), σ² I) with learned σ, z ~ N(0, I), and a posterior of full covariance, with g
+    and the encoder multilayer perceptrons: without hidden layers, probabilistic PCA.
+
+    Args:
+        n_components: dimensions of z.
+        hidden_sizes: widths of the encoder's hidden layers; the decoder's are the same in reverse.
+        build: makes another VAE from (number of features, n_components); default: the one above.
+        num_epochs: of the fit.
+        batch_size: of the fit.
+        learning_rate: of the fit.
+        num_particles: draws for each row in `score_samples`.
+        random_state: seed, or numpy's generator.
+
+    Attributes:
+        vae_: the trained `VAE`.
+        loss_: −ELBO of each epoch, nats per row.
+
+    Example:
+        >>> from sklearn.datasets import load_digits
+        >>> from sklearn.pipeline import make_pipeline
+        >>> from sklearn.preprocessing import StandardScaler
+        >>> reduce = make_pipeline(StandardScaler(), VAETransformer(2, num_epochs=2, random_state=0))
+        >>> reduce.fit_transform(load_digits().data).shape
+        (1797, 2)
+    """
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        hidden_sizes: tuple[int, ...] = (64,),
+        build: Callable[[int, int], VAE] | None = None,
+        num_epochs: int = 100,
+        batch_size: int = 128,
+        learning_rate: float = 1e-3,
+        num_particles: int = 1000,
+        random_state: Any = None,
+    ) -> None:
+        self.n_components = n_components
+        self.hidden_sizes = hidden_sizes
+        self.build = build
+        self.num_epochs = num_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.num_particles = num_particles
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> VAETransformer:
+        """Trains a new VAE on the rows of X, (N, features); y is ignored."""
+        x = self._tensor(X, reset=True)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+        with torch.random.fork_rng(), pyro.get_param_store().scope():
+            torch.manual_seed(seed)
+            self.vae_ = (self.build or self._build)(x.shape[1], self.n_components)
+            options = {"num_epochs": self.num_epochs, "batch_size": self.batch_size, "progress": False}
+            result = fit(self.vae_.model, self.vae_.guide, x, learning_rate=self.learning_rate, seed=seed, **options)
+        self.loss_ = np.array(result.loss)
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        """E_q[z|x] of each row, (N, n_components); where it is not known (flows), the mean of `num_particles` draws."""
+        check_is_fitted(self)
+        return self._mean(self.vae_.encode(self._tensor(X)))
+
+    def inverse_transform(self, Z: Any) -> np.ndarray:
+        """E[x|z] of each row, (N, features), likewise."""
+        check_is_fitted(self)
+        z = torch.as_tensor(check_array(Z), dtype=torch.get_default_dtype())
+        if z.shape[1] != self.n_components:
+            raise ValueError(f"inverse_transform: expected {self.n_components} components, got {z.shape[1]}.")
+        return self._mean(self.vae_.decode(z))
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """log p(x) of each row by importance sampling, (N,), nats: a lower bound in expectation."""
+        check_is_fitted(self)
+        x = self._tensor(X)
+        with torch.random.fork_rng(), pyro.get_param_store().scope():
+            torch.manual_seed(0)
+            evidence = importance_sampling(
+                self.vae_.model, self.vae_.guide, x, num_particles=self.num_particles, progress=False
+            )
+        return evidence.log_evidence.numpy()
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean of `score_samples`: what cross-validation maximises."""
+        return float(self.score_samples(X).mean())
+
+    def _mean(self, distribution: Any) -> np.ndarray:
+        mean = expected_value(distribution)
+        if mean is None:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                mean = sum(distribution.sample() for _ in range(self.num_particles)) / self.num_particles
+        return mean.numpy()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.n_components
+
+    def _tensor(self, X: Any, *, reset: bool = False) -> torch.Tensor:
+        return torch.as_tensor(validate_data(self, X, dtype=np.float32, reset=reset)).to(torch.get_default_dtype())
+
+    def _build(self, num_features: int, latent_size: int) -> VAE:
+        sizes = list(self.hidden_sizes)
+        return VAE(
+            StandardNormal(latent_size),
+            ConditionalNormal(MLP(latent_size, sizes[::-1]), num_features, scale=LearnedScale()),
+            ConditionalMultivariateNormal(MLP(num_features, sizes), latent_size),
+        )

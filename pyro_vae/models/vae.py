@@ -1,0 +1,296 @@
+r"""The variational autoencoder: three conditional distributions become a Pyro model and its guide.
+
+    model: z ~ p(z), x ~ p(x|z)        guide: z ~ q(z|x)        in plate "data", with sites "z" and "x"
+
+(Kingma & Welling 2014, *Auto-Encoding Variational Bayes*; Rezende, Mohamed & Wierstra 2014.) Both are plain Pyro
+functions: everything that takes a (model, guide) pair takes `vae.model, vae.guide`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain, count
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import is_validation_enabled
+from torch import Tensor, nn
+
+from pyro_vae.distributions.structure import condition, expected_value
+from pyro_vae.pairs.checks import check_support
+from pyro_vae.pairs.modes import evaluation_mode
+
+__all__ = ["VAE"]
+
+ROWS_AT_ONCE = 4096  # of generate, reconstruct and similar
+
+
+class VAE(nn.Module):
+    """p(z), p(x|z) and an amortized q(z|x), as a Pyro model and guide.
+
+    Each role is filled by anything that returns a distribution: a conditional distribution of this package, an
+    `nn.Module` or function, a fixed distribution (as prior), a `pyro.distributions.ConditionalDistribution`, a Zuko
+    flow.
+    Further arguments of `model` and `guide` are context c, for p(x|z, c) and q(z|x, c); p(z) does not depend on it.
+
+    Weights are registered with Pyro when the model or guide runs, as `name$$$role.parameter`, so that
+    `pyro.infer.SVI` trains them. A second VAE of the same name gets a name of its own ("vae_2") there: two VAEs never
+    share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Save them with
+    `pyro_vae.checkpoint.save_weights`: what is in Pyro's store cannot be pickled.
+
+    Args:
+        prior: called without arguments (or a fixed distribution), p(z).
+        likelihood: called with z (and context), p(x|z).
+        posterior: called with x (and context), q(z|x), the approximate posterior.
+        name: prefix of the parameters in Pyro's parameter store.
+
+    Example:
+        >>> from pyro_vae.distributions import ConditionalBernoulli, ConditionalNormal, StandardNormal
+        >>> from pyro_vae.networks import MLP
+        >>> vae = VAE(
+        ...     StandardNormal(2),
+        ...     ConditionalBernoulli(MLP(2, [32]), (8, 8)),
+        ...     ConditionalNormal(MLP((8, 8), [32]), 2),
+        ... )
+        >>> vae.generate(3).shape, vae.encode(torch.zeros(5, 8, 8)).mean.shape
+        (torch.Size([3, 8, 8]), torch.Size([5, 2]))
+    """
+
+    def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
+        super().__init__()
+        self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
+        self.name = name
+        self._registered = name  # the name in the parameter store
+        self._shape_of: tuple[Any, torch.Size] | None = None
+
+    # -- the two Pyro functions ---------------------------------------------------------------------------------------
+
+    def model(self, x: Tensor | None = None, *context: Tensor, size: int | None = None) -> Tensor:
+        """z ~ p(z), x ~ p(x|z, c) in plate "data"; observes `x`, or generates `size` rows where there is none.
+
+        Args:
+            x: (N, *event), or None.
+            *context: c, each (N, *event).
+            size: how many rows to generate without x; default: as many as the context has, or one.
+
+        Returns:
+            x, (N, *event).
+        """
+        rows = x if x is not None else context[0] if context else None
+        if size is None:
+            size = 1 if rows is None else len(rows)
+        with pyro.plate("data", size):
+            p_z = self._condition("prior")
+            z = pyro.sample("z", p_z)
+            dims = [p_z.event_dim, *_event_dims(*context)]
+            p_x = self._condition("likelihood", z, *context, event_dims=dims)
+            if x is not None:
+                self._check(p_x, x)
+            return pyro.sample("x", p_x, obs=x)
+
+    def guide(self, x: Tensor, *context: Tensor) -> Tensor:
+        """z ~ q(z|x, c) in plate "data", for x and c as in `model`. Returns z, (N, *event)."""
+        with pyro.plate("data", len(x)):
+            try:
+                q_z = self._condition("posterior", x, *context, event_dims=_event_dims(x, *context))
+            except ValueError as error:
+                if not x.isnan().any():
+                    raise
+                raise ValueError(
+                    "posterior: no distribution for rows with missing values (NaN). Try MaskedInput(network), a "
+                    "network of twice the width that sees what is missing."
+                ) from error
+            self._check_posterior(q_z, x)
+            return pyro.sample("z", q_z)
+
+    # -- without gradients, in evaluation mode, for any number of rows ------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *context: Tensor) -> Any:
+        """q(z|x, c): a distribution with batch shape (N,)."""
+        with evaluation_mode():
+            q_z = condition(self.posterior, x, *context, event_dims=_event_dims(x, *context), role="posterior")
+            self._check_posterior(q_z, x)
+            return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *context: Tensor) -> Any:
+        """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
+        with evaluation_mode():
+            dims = [len(self._latent_shape()), *_event_dims(*context)]
+            return condition(self.likelihood, z, *context, event_dims=dims, role="likelihood")
+
+    def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
+        """New data: z ~ p(z), x ~ p(x|z, c).
+
+        Args:
+            size: N; default: as many as the context has rows.
+            *context: c, each (N, *event).
+            mean: E[x|z] instead of a draw of x.
+
+        Returns:
+            (N, *event).
+        """
+        if size is not None and not isinstance(size, int):
+            raise TypeError(
+                f"generate: expected an int or None as size, got {type(size).__name__}. Try generate(None, c)."
+            )
+        size = size if size is not None else len(context[0]) if context else 1
+
+        def rows(start: int, stop: int) -> Tensor:
+            with torch.no_grad(), evaluation_mode():
+                p_z = condition(self.prior, role="prior")
+                return _value(
+                    self.decode(p_z.expand((stop - start,)).sample(), *(c[start:stop] for c in context)), mean
+                )
+
+        return _in_chunks(rows, size)
+
+    def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False) -> Tensor:
+        """x encoded and decoded again: z ~ q(z|x, c), x' ~ p(x|z, c).
+
+        Args:
+            x: (N, *event).
+            *context: c, each (N, *event).
+            mean: E[x'|z] at z = E_q[z] instead of draws of z and x'; where a distribution has no mean in closed form (a
+                flow), a draw of it; of categories, the most probable.
+
+        Returns:
+            (N, *event).
+        """
+
+        def rows(start: int, stop: int) -> Tensor:
+            c = [c[start:stop] for c in context]
+            z = _value(self.encode(x[start:stop], *c), mean)
+            return _value(self.decode(z, *c), mean)
+
+        return _in_chunks(rows, len(x))
+
+    def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
+        """Data like x: for each row, draws z_1, …, z_size ~ q(z|x, c), and x' ~ p(x|z_s, c) for each.
+
+        Args:
+            x: (N, *event).
+            *context: c, each (N, *event).
+            size: draws for each row.
+            mean: E[x'|z_s] instead of draws of x': what differs then is the code alone.
+
+        Returns:
+            (size, N, *event).
+        """
+
+        if size < 1:
+            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
+        draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
+
+        def rows(start: int, stop: int) -> Tensor:
+            c = [c[start:stop] for c in context]
+            q_z = self.encode(x[start:stop], *c)
+            return torch.cat([_value(self.decode(q_z.sample((s,)), *c), mean) for s in draws]).movedim(0, 1)
+
+        return _in_chunks(rows, len(x), size).movedim(1, 0)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _latent_shape(self) -> torch.Size:
+        """Event shape of z, from the prior."""
+        if self._shape_of is None or self._shape_of[0] is not self.prior:
+            with poutine.block(), torch.no_grad():
+                self._shape_of = self.prior, condition(self.prior, role="prior").event_shape
+        return self._shape_of[1]
+
+    def _check_posterior(self, q_z: Any, x: Tensor) -> None:
+        if q_z.event_shape != self._latent_shape():
+            _mismatch("posterior", q_z, f"event shape {tuple(self._latent_shape())}, that of the prior")
+        if q_z.batch_shape not in (x.shape[:1], torch.Size()):
+            _mismatch("posterior", q_z, f"batch shape {tuple(x.shape[:1])}, one distribution for each row")
+
+    def _check(self, p_x: Any, x: Tensor) -> None:
+        if p_x.event_shape != x.shape[1:]:
+            _mismatch("likelihood", p_x, f"event shape {tuple(x.shape[1:])}, that of a row of the data")
+        if is_validation_enabled():
+            check_support("x", {"fn": p_x, "value": x, "mask": None})
+
+    def _condition(self, role: str, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
+        """The distribution in this role given `inputs`, its parameters passed through `pyro.param`."""
+        part = getattr(self, role)
+        parameters = self._trainable(role)
+        if parameters:
+            prefix = f"{self._store_name(role)}$$${role}."
+            values = {name: pyro.param(prefix + name, p) for name, p in parameters.items()}
+            changed = {f"part.{name}": v for name, v in values.items() if v is not parameters[name]}
+            if changed:  # a handler, such as poutine.lift, put other values in the place of the weights
+                options = {"event_dims": event_dims, "role": role}
+                return torch.func.functional_call(_Conditioned(part), changed, inputs, options)
+        return condition(part, *inputs, event_dims=event_dims, role=role)
+
+    def _trainable(self, role: str) -> dict[str, nn.Parameter]:
+        part = getattr(self, role)
+        return {n: p for n, p in part.named_parameters() if p.requires_grad} if isinstance(part, nn.Module) else {}
+
+    def _store_name(self, role: str) -> str:
+        """The first of name, name_2, name_3, … under which Pyro's parameter store holds no other VAE's weights."""
+        store = pyro.get_param_store()
+        name, first = next(iter(self._trainable(role).items()))
+        key = f"{self._registered}$$${role}.{name}"
+        if key in store and store[key] is first:
+            return self._registered  # as ever, but for the first run
+        mine = {f"{r}.{n}": p for r in ("prior", "likelihood", "posterior") for n, p in self._trainable(r).items()}
+        for candidate in chain([self._registered, self.name], (f"{self.name}_{i}" for i in count(2))):
+            keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
+            clashes = [key for key, p in keys.items() if key in store and store[key] is not p]
+            strange = [key for key in clashes if not hasattr(store[key], "_pyro_vae")]
+            if strange:
+                raise ValueError(
+                    f"VAE {self.name!r}: Pyro's parameter store already holds {strange[0]!r}, which is no weight of a "
+                    "VAE, so this one would train other weights than it uses. Try VAE(…, name=…) with another name, "
+                    "pyro.clear_param_store(), or load_state_dict to load weights."
+                )
+            if not clashes:
+                break
+        for p in mine.values():
+            p._pyro_vae = True
+        self._registered = candidate
+        return candidate
+
+
+class _Conditioned(nn.Module):
+    """A conditional distribution as a module that `torch.func.functional_call` can call."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, *inputs: Tensor, **options: Any) -> Any:
+        return condition(self.part, *inputs, **options)
+
+
+def _event_dims(*rows: Tensor) -> list[int]:
+    """Of tensors of rows."""
+    for x in rows:
+        if not isinstance(x, Tensor) or not x.dim():
+            got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"VAE: expected tensors of rows, (N, *event), got {got}. Try torch.as_tensor(x).float().")
+    return [x.dim() - 1 for x in rows]
+
+
+def _value(distribution: Any, mean: bool) -> Tensor:
+    value = expected_value(distribution) if mean else None
+    return distribution.sample() if value is None else value
+
+
+def _in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
+    if size < 1:
+        raise ValueError(f"expected at least one row, of data or to generate, got {size}.")
+    at_once = max(1, ROWS_AT_ONCE // draws)
+    return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
+
+
+def _mismatch(role: str, distribution: Any, expected: str) -> None:
+    raise ValueError(
+        f"{role}: expected {expected}, got event shape {tuple(distribution.event_shape)} and batch shape "
+        f"{tuple(distribution.batch_shape)}. Try .to_event({max(1, len(distribution.batch_shape) - 1)}) on the "
+        "distribution, or another event_shape."
+    )

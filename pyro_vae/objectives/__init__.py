@@ -1,0 +1,17 @@
+"""Objectives that Pyro lacks, as `pyro.infer.ELBO`s: for `pyro.infer.SVI(…, loss=…)` and for `fit(…, loss=…)`."""
+
+from pyro_vae.objectives.beta import BetaELBO
+from pyro_vae.objectives.denoising import DenoisingELBO, gaussian_noise, masking_noise, salt_and_pepper_noise
+from pyro_vae.objectives.importance_weighted import ImportanceWeightedELBO
+from pyro_vae.objectives.schedules import cyclical, linear
+
+__all__ = [
+    "BetaELBO",
+    "DenoisingELBO",
+    "ImportanceWeightedELBO",
+    "cyclical",
+    "gaussian_noise",
+    "linear",
+    "masking_noise",
+    "salt_and_pepper_noise",
+]

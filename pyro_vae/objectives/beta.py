@@ -1,0 +1,171 @@
+r"""The β-VAE's objective: an ELBO whose KL term is weighted, with a weight that may follow the training steps.
+
+    L(β) = E_q log p(x|z) − β KL(q(z|x)‖p(z)),        L(β, C) = E_q log p(x|z) − β |KL(q(z|x)‖p(z)) − C|.
+
+β > 1 presses the posterior to the prior, and is said to disentangle; β < 1 spends more nats on the code; β rising from
+zero to one is the usual warm-up against posterior collapse. A weight w on the reconstruction instead is L(1/w) times w.
+Only L(1) is a bound of log p(x): evaluation is always at β = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae.objectives.schedules import Schedule, _at
+from pyro_vae.pairs.sites import plate_frames, sample_sites
+
+__all__ = ["BetaELBO"]
+
+
+class BetaELBO(TraceMeanField_ELBO):
+    r"""The ELBO with the KL term weighted by β, as a loss: −L(β), in nats, summed over the data.
+
+    The KL term is in closed form where torch or this package knows it, and estimated from draws elsewhere. It covers
+    all latent sites of the pair; observed sites, a label for instance, keep their weight of one. At β = 1 this is
+    `TraceMeanField_ELBO`.
+
+    `loss`, which evaluates, and with it `fit`'s validation, always takes β = 1 and no capacity. A fit that ends at
+    another β, or with a capacity, says so. `importance_sampling` and all other tools know nothing of β.
+
+    Args:
+        beta: β ≥ 0; a number, or a function of the step (0 for the first one), such as `linear(…)`.
+        capacity: C, nats per data point; a number, or a function of the step; default: none.
+        plate: name of the plate of data points, over which the capacity is a mean. The pair's scale is its too.
+        num_particles: S ≥ 1 draws for E_q.
+
+    Raises:
+        ValueError: a β or capacity that is negative; when called: a latent site that cannot be reparameterized or that
+            the guide lacks, a capacity without a plate of this name.
+
+    References:
+        Higgins et al. (2017), beta-VAE, equation 4; Burgess et al. (2018), Understanding disentangling in β-VAE,
+        equation 8.
+
+    Example:
+        >>> import pyro.distributions as dist, pyro
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(1.0, 1.0))  # KL = ½
+        >>> losses = [BetaELBO(beta).differentiable_loss(model, guide, torch.zeros(10)) for beta in (0.0, 1.0, 4.0)]
+        >>> [round(float(loss - losses[0]), 4) for loss in losses]
+        [0.0, 5.0, 20.0]
+    """
+
+    def __init__(
+        self,
+        beta: float | Schedule,
+        *,
+        capacity: float | Schedule | None = None,
+        plate: str = "data",
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles=num_particles)
+        self._schedules = {"beta": beta} if capacity is None else {"beta": beta, "capacity": capacity}
+        self.plate = plate
+        # tensors, so that a compiled loss has them as inputs
+        self._now = {name: torch.tensor(_at(name, s, 0)) for name, s in self._schedules.items()}
+        self._calls = torch.tensor(-1)
+        self._driven = False
+
+    def __copy__(self) -> BetaELBO:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__, _calls=self._calls.clone())
+        new._now = {name: value.clone() for name, value in self._now.items()}
+        return new
+
+    @property
+    def beta(self) -> float:
+        """β of the last step."""
+        return self._now["beta"].item()
+
+    @property
+    def capacity(self) -> float | None:
+        """C of the last step, nats per data point; None where there is none."""
+        return self._now["capacity"].item() if "capacity" in self._now else None
+
+    def set_step(self, step: int) -> None:
+        """Sets β and the capacity to those of a step. `fit` and `CompiledELBO` do; else `loss_and_grads`, which
+        `pyro.infer.SVI` calls, counts its own calls."""
+        self._driven = True
+        self._set(step)
+
+    def _set(self, step: int) -> None:
+        for name, schedule in self._schedules.items():
+            self._now[name].fill_(_at(name, schedule, step))
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """−ELBO, at β = 1, nats."""
+        with torch.no_grad():
+            traces = self._get_traces(model, guide, args, kwargs)
+            terms = [torch.stack(self._terms(*pair)).sum().item() for pair in traces]
+        return sum(terms) / self.num_particles
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """−L(β) of the step, nats; adds its gradient to the parameters'."""
+        if not self._driven:
+            self._calls += 1
+            self._set(int(self._calls))
+        return super().loss_and_grads(model, guide, *args, **kwargs)
+
+    def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        distortion, rate = self._terms(model_trace, guide_trace)
+        if "capacity" in self._now:
+            size = self._num_points(model_trace)
+            rate = (rate / size - self._now["capacity"]).abs() * size
+        loss = distortion + self._now["beta"] * rate
+        return loss.detach(), loss
+
+    def _num_points(self, trace: Trace) -> Tensor | float:
+        """What the log-probabilities of the data points count for: B of them, times the scale of their plate."""
+        for site in sample_sites(trace).values():
+            for frame in site["cond_indep_stack"]:
+                if frame.name == self.plate:
+                    return frame.size * torch.as_tensor(site["scale"]).mean()
+        found = sorted({repr(f.name) for f in plate_frames(trace)})
+        raise ValueError(
+            f"BetaELBO: a capacity for each data point expects a plate {self.plate!r} of them, got "
+            f"{', '.join(found) or 'none'}. Try BetaELBO(…, plate=…)."
+        )
+
+    @staticmethod
+    def _terms(model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
+        """−log p(x|z) and KL(q(z|x)‖p(z)), summed over the data."""
+        distortion, rate = torch.zeros(()), torch.zeros(())
+        for name, site in sample_sites(model_trace).items():
+            if site["is_observed"]:
+                distortion = distortion - site["log_prob_sum"]
+                continue
+            if name not in guide_trace.nodes:
+                raise ValueError(
+                    f"BetaELBO: latent site {name!r} is in the model alone, and nothing is summed out here. Try a site "
+                    "in the guide too, or TraceEnum_ELBO."
+                )
+            q = guide_trace.nodes[name]
+            try:
+                kl = scale_and_mask(kl_divergence(q["fn"], site["fn"]), q["scale"], q["mask"]).sum()
+            except NotImplementedError:
+                kl = q["log_prob_sum"] - site["log_prob_sum"]
+            rate = rate + kl
+        for name, q in sample_sites(guide_trace).items():
+            if q["is_observed"]:
+                continue
+            if not q["fn"].has_rsample:
+                raise ValueError(
+                    f"BetaELBO: site {name!r}: {type(q['fn']).__name__} cannot be reparameterized. Try a distribution "
+                    "that can, or poutine.scale and Trace_ELBO."
+                )
+            if name not in model_trace.nodes:  # auxiliary: through which others are drawn
+                rate = rate + q["log_prob_sum"]
+        return distortion, rate

@@ -1,0 +1,44 @@
+"""Schedules: functions of the training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+
+__all__ = ["Schedule", "cyclical", "linear"]
+
+Schedule = Callable[[int], float]
+
+
+def linear(num_steps: int, start: float = 0.0, stop: float = 1.0) -> Schedule:
+    """A schedule: from `start` to `stop` in `num_steps` steps, then constant.
+
+    Example:
+        >>> [linear(4)(step) for step in (0, 1, 4, 9)]
+        [0.0, 0.25, 1.0, 1.0]
+    """
+    if num_steps < 1:
+        raise ValueError(f"linear: expected at least one step, got {num_steps}.")
+    return lambda step: start + (stop - start) * min(1.0, step / num_steps)
+
+
+def cyclical(period: int, start: float = 0.0, stop: float = 1.0, *, rising: float = 0.5) -> Schedule:
+    """A schedule: in each period from `start` to `stop` during the share `rising` of it, then constant.
+
+    References:
+        Fu et al. (2019), Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing.
+
+    Example:
+        >>> [cyclical(4)(step) for step in range(6)]
+        [0.0, 0.5, 1.0, 1.0, 0.0, 0.5]
+    """
+    if period < 1 or not 0 < rising <= 1:
+        raise ValueError(f"cyclical: expected period >= 1 and 0 < rising <= 1, got {period} and {rising}.")
+    return lambda step: start + (stop - start) * min(1.0, step % period / (rising * period))
+
+
+def _at(name: str, schedule: float | Schedule, step: int) -> float:
+    value = float(schedule(step) if callable(schedule) else schedule)
+    if not (isfinite(value) and value >= 0):
+        raise ValueError(f"BetaELBO: expected a finite {name} >= 0, got {value} at step {step}.")
+    return value

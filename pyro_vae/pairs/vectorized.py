@@ -1,0 +1,93 @@
+"""A check that many particles at once give what each of them gives alone.
+
+Particles take a dimension of their own, left of those of the pair's plates. Code that counts dimensions from the right
+does not see it; `softmax(z, 1)` or `z[:, 0]` then mean another dimension than they did, and may go on without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.pairs.handlers import SetValues
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
+
+__all__ = ["PARTICLE_PLATE", "check_vectorized"]
+
+PARTICLE_PLATE = "num_particles_vectorized"  # as Pyro's own vectorized ELBOs call it
+ADVICE = (
+    "Many particles run at once, in a dimension left of the plates, as under Trace_ELBO(vectorize_particles=True). Try "
+    "to count dimensions from the right (z[..., 0], softmax(-1)), and to expand what is concatenated with a latent "
+    "value to its batch shape."
+)
+
+
+def check_vectorized(pair: tuple[Callable, Callable], args: tuple, kwargs: dict, looks: tuple, width: int) -> None:
+    """Runs a pair for two particles, and again for the first of them alone, and compares.
+
+    Args:
+        pair: the guide and the model.
+        args: what both are called with; some rows will do.
+        kwargs: the same.
+        looks: traces of both, for whatever rows, without particles.
+        width: batch dimensions under the plate of particles.
+
+    Raises:
+        ValueError: the pair does not run for two, or one of its sites has another log-probability then.
+    """
+    values: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
+    with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), pyro.validation_enabled(False), poutine.block():
+        for role, function, look in zip(("guide", "model"), pair, looks, strict=True):
+            try:
+                together = _sites(pyro.plate(PARTICLE_PLATE, 2, dim=-width)(function), values, args, kwargs)
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"the {role} does not run for two particles at once: {reason}. {ADVICE}") from error
+            for name, site in together.items():
+                if not site["is_observed"] and name not in values:
+                    values[name] = site["value"]
+                    one = _first(site["value"], width + len(site["fn"].event_shape))
+                    dims = look.nodes[name]["value"].dim() if name in look.nodes else one.dim()
+                    first[name] = one.reshape(one.shape[one.dim() - dims :])  # what is left of them has size one
+            alone = _sites(function, first, args, kwargs)
+            for name in together.keys() & alone.keys():
+                expected = _log_prob(alone[name])
+                got = _log_prob(together[name])
+                if expected is None or got is None:
+                    continue
+                difference = _first(got, width).sum() - expected.sum()
+                if difference.abs() > 1e-3 * (1 + expected.abs().sum()):
+                    again = _log_prob(_sites(function, first, args, kwargs)[name])
+                    if torch.equal(again, expected):  # else chance makes the difference
+                        raise ValueError(
+                            f"site {name!r} of the {role} has another log-probability for one particle alone than for "
+                            f"the same particle beside another. {ADVICE}"
+                        )
+
+
+def _sites(function: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict) -> dict[str, dict]:
+    with SetValues(values):
+        return sample_sites(poutine.trace(function).get_trace(*args, **kwargs))
+
+
+def _first(value: Tensor, width: int) -> Tensor:
+    """Of the first particle, whose dimension is the one `width` from the right, if it is there."""
+    return value.select(-width, 0) if value.dim() >= width else value
+
+
+def _log_prob(site: dict) -> Tensor | None:
+    """log p of a site; None where it has none that could be compared."""
+    if isinstance(site["fn"], dist.Delta):
+        return None
+    try:
+        value = site_log_prob(site)
+    except Exception:  # flows that cannot be inverted; wrong shapes, which the tools speak about
+        return None
+    return value if torch.isfinite(value).all() else None

@@ -1,0 +1,92 @@
+r"""Imputation: draws of missing values given the observed ones,
+
+    x_mis ~ p(x_mis|x_obs) = ∫ p(x_mis|z) p(z|x_obs) dz,
+
+by sampling-importance-resampling: z_k ~ q(z|x_obs), k = 1…K; z is drawn among them with probabilities ∝ w_k =
+p(x_obs, z_k) / q(z_k|x_obs), then x_mis ~ p(x_mis|z) (Rubin 1987, *The calculation of posterior distributions by data
+augmentation: comment*; Mattei & Frellsen 2019, *MIWAE*). Exact as K → ∞, whatever the guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.pairs.checks import ignores_missing
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.particles.chunks import check_num_particles
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["impute"]
+
+
+def impute(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_draws: int = 1,
+    num_particles: int = 100,
+    plate: str = "data",
+    **kwargs: Any,
+) -> dict[str, Tensor]:
+    """Completes data with missing values (NaN), as draws from the model's predictive distribution given the observed.
+
+    Args:
+        model: a Pyro model with the data points in a plate, whose likelihood takes NaN as missing (`ObservedPart`).
+        guide: its guide.
+        *args: what both are called with.
+        num_draws: S ≥ 1, draws of each missing value, for multiple imputation; their mean estimates E[x_mis|x_obs].
+        num_particles: K, draws of the guide for each data point, of which S are taken with replacement, by weight; 1
+            trusts the guide as it is. The bias is of order 1/K.
+        plate: name of the plate of data points.
+        **kwargs: what both are called with.
+
+    Returns:
+        {site: (S, N, *inner plates, *event)} for each observed site that takes NaN as missing; observed values as they
+        are.
+
+    Raises:
+        ValueError: no observed site takes NaN as missing; discrete latents that the model sums out; a pair that
+            `draw_particles` refuses.
+
+    Example:
+        >>> from pyro_vae import VAE
+        >>> from pyro_vae.distributions import ConditionalNormal, ObservedPart, StandardNormal
+        >>> from pyro_vae.networks import MLP, MaskedInput
+        >>> likelihood = ObservedPart(ConditionalNormal(MLP(1, []), 3, scale=1.0))
+        >>> vae = VAE(StandardNormal(1), likelihood, ConditionalNormal(MaskedInput(MLP(6, [])), 1))
+        >>> x = torch.tensor([[0.5, torch.nan, 1.0], [torch.nan, torch.nan, 0.0]])
+        >>> complete = impute(vae.model, vae.guide, x, num_draws=4)["x"]
+        >>> complete.shape, complete.isnan().any().item(), complete[:, 0, 0]
+        (torch.Size([4, 2, 3]), False, tensor([0.5000, 0.5000, 0.5000, 0.5000]))
+    """
+    check_num_particles(num_particles)
+    if num_draws < 1:
+        raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    if sampler.layout.summed:
+        raise ValueError(
+            f"impute: latent sites {sorted(sampler.layout.summed)} are summed out in the model, so that there is no "
+            "draw of them to go with x. Try a guide that draws them."
+        )
+    pieces: dict[str, list[Tensor]] = {}
+    with torch.no_grad(), evaluation_mode():
+        for rows in sampler.chunks(num_particles, together=num_particles)[0]:
+            guide_trace, model_trace = sampler.traces(num_particles, rows)
+            weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
+            chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
+            for name, site in sample_sites(model_trace).items():
+                if site["is_observed"] and ignores_missing(site):
+                    drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
+                    observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
+                    index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
+                    drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index)
+                    complete = torch.where(observed[:1].isnan(), drawn.to(observed.dtype), observed[:1])
+                    pieces.setdefault(name, []).append(complete)
+    if not pieces:
+        raise ValueError("impute: no observed site takes NaN as missing. Try ObservedPart(likelihood).")
+    return {name: torch.cat(values, 1) for name, values in pieces.items()}

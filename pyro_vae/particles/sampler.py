@@ -1,0 +1,266 @@
+r"""Particles: K weighted draws for each of N data points, from any (model, guide) pair with a data plate.
+
+For latents z_nk ~ q(z_n|x_n), independent given the parameters,
+
+    log w_nk = log p(z_nk) + log p(x_n|z_nk) − log q(z_nk|x_n).
+
+The ELBO is a mean of log-weights, the importance-weighted bound and the evidence their log-mean-exp, k-hat and the
+effective sample size functions of them. This file draws them and knows traces and plates, nothing of VAEs:
+
+- the pair's layout (`pyro_vae.pairs.layout`) says where its data points are;
+- model and guide run under one outer plate of particles, the model replayed against the guide, for chunks of rows and
+  of particles, so that memory is bounded whatever K and N are;
+- log-probabilities carry the sites' masks but not their scales: subsampling and `poutine.scale` multiply an objective,
+  they are no part of a weight;
+- discrete latents y that are marked for enumeration are summed out: those of the model alone always, those of the
+  guide in `ParticleSampler.log_weight`, where w = Σ_y p(x, y, z_y) / q(z_y|x, y), z_y ~ q(z|x, y), has less variance
+  than with y ~ q(y|x), and the same expectation p(x).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+
+from pyro_vae.pairs.checks import check_rows, check_support, ignores_missing
+from pyro_vae.pairs.enumeration import sum_product
+from pyro_vae.pairs.handlers import SetSubsample, StopAfter
+from pyro_vae.pairs.layout import Layout
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.vectorized import PARTICLE_PLATE, check_vectorized
+from pyro_vae.particles.chunks import CHUNK_BYTES, _CountBytes
+from pyro_vae.particles.particles import Particles, _concatenate
+
+__all__ = ["ParticleSampler"]
+
+
+class ParticleSampler:
+    """A (model, guide) pair with its arguments, looked at once, to draw particles from again and again.
+
+    Attributes:
+        layout: of the pair.
+        num_points: N, the size of the data plate (of the whole data set, if the plate subsamples it).
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple = (),
+        kwargs: dict | None = None,
+        *,
+        plate: str | None = "data",
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.layout = Layout(model, guide, args, kwargs or {}, plate)
+        self.num_points = self.layout.num_points
+        self._known_cells: int | None = None
+        self._check_vectorized()
+
+    # -- chunks -------------------------------------------------------------------------------------------------------
+
+    def chunks(
+        self,
+        num_particles: int,
+        chunk_size: int | None = None,
+        *,
+        tensors: float = 1.0,
+        together: int | None = None,
+    ) -> tuple[list[slice], list[int]]:
+        """Slices of rows, and counts of particles that sum to `num_particles`, for passes in bounded memory.
+
+        Args:
+            num_particles: K.
+            chunk_size: particles × rows of one pass, at most, where rows can be told apart at all; default: as many
+                as make 24 MiB of tensors.
+            tensors: how many times the tensors of one weight a pass makes.
+            together: how many particles of a row should pass at once; default: all K, so that rows come one after the
+                other where K is large. Work that is done once for each row is done faster for many.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
+        together = max(1, num_particles if together is None else min(together, num_particles))
+        cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
+        rows = self.layout.fixed or self.num_points
+        if self.layout.length is not None:
+            rows = min(rows, max(1, cells // together))
+            rows = -(-self.num_points // -(-self.num_points // rows))  # passes of about the same size
+        at_once = max(1, min(num_particles, cells // rows))
+        at_once = -(-num_particles // -(-num_particles // at_once))
+        whole, rest = divmod(num_particles, at_once)
+        slices = [slice(i, min(i + rows, self.num_points)) for i in range(0, self.num_points, rows)]
+        return slices, [at_once] * whole + [rest] * (rest > 0)
+
+    def _cells(self) -> int:
+        if self._known_cells is None:
+            self._known_cells = self._count_cells()
+        return self._known_cells
+
+    def _count_cells(self) -> int:
+        num_particles, rows = (1, None) if self.layout.length is None else (8, slice(0, 2))
+        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), _CountBytes() as counter:
+            log_weight = self.log_weight(num_particles, rows, check=False)
+        return CHUNK_BYTES * log_weight.numel() // max(1, counter.total)
+
+    def check(self) -> None:
+        """Raises ValueError for data that are not finite or outside the support of their likelihood."""
+        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode():
+            for rows in self.chunks(1)[0]:
+                self.log_weight(1, rows, check=True)
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def draw(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Particles:
+        """K particles for each of `rows` (default: all). `check`: refuse data that are not finite or not in support.
+
+        Discrete latents of the guide are drawn, also where they are marked for enumeration.
+        """
+        if self.layout.fixed and rows is None:
+            return _concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
+        return self.weigh(*self.traces(num_particles, rows, check=check), num_particles, rows)
+
+    def log_weight(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Tensor:
+        """log w of new particles, (K, N), nats, with all discrete latents summed out that are marked for it."""
+        if not self.layout.enumerated:
+            return self.draw(num_particles, rows, check=check).log_weight
+        guide_trace = self.run(self.guide, num_particles, rows, enumerate_sites=self.layout.enumerated)
+        model_trace = self._replay(guide_trace, num_particles, rows, check)
+
+        def sign(trace: poutine.Trace, site: dict) -> int:
+            if trace is model_trace:
+                return 1
+            return 0 if site["is_observed"] or site["name"] in self.layout.enumerated else -1
+
+        return self._sum_product((guide_trace, model_trace), sign, num_particles, rows)
+
+    def traces(
+        self, num_particles: int, rows: slice | None = None, *, check: bool = True
+    ) -> tuple[poutine.Trace, poutine.Trace]:
+        """Traces of the guide, and of the model replayed against it; arguments as `draw`."""
+        guide_trace = self.run(self.guide, num_particles, rows)
+        return guide_trace, self._replay(guide_trace, num_particles, rows, check)
+
+    def run(
+        self,
+        function: Callable,
+        num_particles: int,
+        rows: slice | None = None,
+        *,
+        enumerate_sites: set[str] = frozenset(),
+        replay: poutine.Trace | None = None,
+    ) -> poutine.Trace:
+        """Traces `function` (the model, the guide or a handled version of them) under the particle plate.
+
+        Args:
+            function: called with the pair's arguments, cut to `rows`.
+            num_particles: K.
+            rows: default: all.
+            enumerate_sites: discrete latents to enumerate, in dimensions left of the particles'.
+            replay: a trace of the last run, whose values this one takes, and whose enumerated dimensions it keeps.
+        """
+        layout = self.layout
+        args, kwargs = layout.cut(rows)
+        function = pyro.plate(PARTICLE_PLATE, num_particles, dim=-layout.width)(function)
+        after = any("_enumerate_dim" in s["infer"] for s in sample_sites(replay).values()) if replay else False
+        if enumerate_sites or after:
+            function = poutine.infer_config(
+                function, lambda site: {"enumerate": "parallel" if site["name"] in enumerate_sites else None}
+            )
+            function = EnumMessenger(None if after else -1 - layout.width)(function)
+        if replay is not None:  # outside of the enumeration, which has to see what a site's parameters depend on
+            function = poutine.replay(function, replay)
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), self._subsample(rows):
+            tracer = poutine.trace(function)
+            with suppress(StopAfter.Done):
+                tracer(*args, **kwargs)
+            return tracer.trace
+
+    def _subsample(self, rows: slice | None) -> Any:
+        """Sets the rows of a plate that holds its data itself."""
+        layout = self.layout
+        return nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
+
+    def _check_vectorized(self) -> None:
+        rows = None if self.layout.length is None else slice(0, 2)
+        args, kwargs = self.layout.cut(rows)
+        looks = self.layout.guide_trace, self.layout.model_trace
+        with self._subsample(rows):
+            check_vectorized((self.guide, self.model), args, kwargs, looks, self.layout.width)
+
+    def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
+        start = rows.start if rows else 0
+        options = {"enumerate_sites": self.layout.summed, "replay": guide_trace}
+        model_trace = self.run(self.model, num_particles, rows, **options)
+        if check:
+            observed = {name: site for name, site in sample_sites(model_trace).items() if site["is_observed"]}
+            incomplete = [site["value"] for site in observed.values() if ignores_missing(site)]
+            check_rows(model_trace.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
+            check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
+            for name, site in observed.items():
+                check_support(name, site, start=start)
+            for name in self.layout.latents & guide_trace.nodes.keys():
+                value = self.layout.align(guide_trace.nodes[name], rows)  # (K, N, …)
+                bad = value.isnan().transpose(0, 1).flatten(1).any(1)
+                if bad.any():
+                    raise ValueError(
+                        f"site {name!r} of the guide: draws that are NaN, the first at row "
+                        f"{start + int(bad.nonzero()[0])}. Try to look at its parameters there; for data "
+                        "with missing values, MaskedInput(network) in the encoder."
+                    )
+        return model_trace
+
+    # -- weighing -----------------------------------------------------------------------------------------------------
+
+    def weigh(
+        self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None = None
+    ) -> Particles:
+        """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
+        sites = sample_sites(guide_trace).items()
+        latents = {name: self.layout.align(site, rows) for name, site in sites if not site["is_observed"]}
+        prior, likelihood = self.log_prior_likelihood(model_trace, num_particles, rows, summed=self.layout.summed)
+        posterior = self.log_posterior(guide_trace, num_particles, rows)
+        shape = torch.broadcast_shapes(prior.shape, likelihood.shape, posterior.shape)
+        return Particles(latents, *(t.expand(shape) for t in (prior, likelihood, posterior)))
+
+    def log_prior_likelihood(
+        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str]
+    ) -> tuple[Tensor, Tensor]:
+        """log p(z) and log p(x|z) of a trace of the model in which the sites `summed` are enumerated, each (K, N)."""
+        if not summed:
+            return self._sum(trace, rows, observed=False), self._sum(trace, rows, observed=True)
+        prior = self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+        return prior, self._sum_product((trace,), lambda *_: 1, num_particles, rows) - prior
+
+    def log_posterior(
+        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str] = frozenset()
+    ) -> Tensor:
+        """log q(z|x) of a trace of the guide in which the sites `summed` are enumerated, (K, N)."""
+        if not summed:
+            return self._sum(trace, rows, observed=False)
+        return self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+
+    def _sum(self, trace: poutine.Trace, rows: slice | None, *, observed: bool) -> Tensor:
+        """Log-probability of the sites that are (not) observed, (K, N)."""
+        sites = sample_sites(trace).items()
+        terms = [
+            self.layout.sum_to_points(name, site_log_prob(site), rows)
+            for name, site in sites
+            if site["is_observed"] == observed
+        ]
+        return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=self.layout.device)
+
+    def _sum_product(self, traces: Any, sign: Callable, num_particles: int, rows: slice | None) -> Tensor:
+        keep = {PARTICLE_PLATE: num_particles}
+        if self.layout.plate is not None:
+            size = self.num_points if rows is None or self.layout.length is None else rows.stop - rows.start
+            keep[self.layout.plate] = self.layout.fixed or size
+        value = sum_product(traces, sign, keep)
+        return self.layout.select(value if self.layout.plate is not None else value.unsqueeze(1), rows)

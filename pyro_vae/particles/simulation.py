@@ -1,0 +1,85 @@
+"""Simulated data: draws of (z, x) from a model, as arguments that its guide and the estimators take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["Simulation", "simulate"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Data from a model, and the latents that they came from.
+
+    Attributes:
+        args, kwargs: what model and guide were called with, observed values replaced by simulated ones.
+        latents: {site: (N, *inner plates, *event)}, exact draws from the posterior given these data.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    latents: dict[str, Tensor]
+
+
+def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "data", **kwargs: Any) -> Simulation:
+    """Draws z* ~ p(z), x ~ p(x|z*) as many times as there are data points, and puts x in the place of the data.
+
+    Args:
+        model: a Pyro model, which observes some of its arguments as they are, or reshaped.
+        guide: its guide.
+        *args: what both are called with.
+        plate: name of the plate of data points.
+        **kwargs: what both are called with.
+
+    Returns:
+        `Simulation`.
+
+    Raises:
+        ValueError: an observed value that is none of the arguments.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x, 0.1))
+        >>> simulation = simulate(model, guide, torch.zeros(1000))
+        >>> round((simulation.args[0] - simulation.latents["z"]).std().item(), 1)
+        0.1
+    """
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    with torch.no_grad(), evaluation_mode():
+        observed = {n: s for n, s in sample_sites(sampler.traces(1)[1]).items() if s["is_observed"]}
+        drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))
+    latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.layout.latents}
+    inputs = {i: a for i, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
+    replaced = {}
+    for name, site in observed.items():
+        value = site["value"]
+        keys = [
+            key
+            for key, a in inputs.items()
+            if a.data_ptr() == value.data_ptr() and a.numel() == value.numel() == drawn[name]["value"].numel()
+        ]
+        if not keys:
+            raise ValueError(
+                f"site {name!r}: its observed value is none of the arguments, so that it is not known where to put a "
+                "simulated one. Try a model that observes an argument as it is, or simulate by hand and pass "
+                "exact_draw={site: draws} to an estimator."
+            )
+        replaced |= {key: drawn[name]["value"].reshape(inputs[key].shape).to(inputs[key].dtype) for key in keys}
+    new = tuple(replaced.get(i, a) for i, a in enumerate(args))
+    return Simulation(new, {name: replaced.get(name, a) for name, a in kwargs.items()}, latents)

@@ -1,0 +1,186 @@
+"""Optimizer steps: loss, gradients, clipping and update of a pair on one batch, compiled or by Pyro as it is.
+
+No step is taken on a loss or gradient that is not finite. On a CPU each is looked at; a GPU would have to be waited
+for, so there the fused optimizer is told to skip that step and all after it, and the epoch's end says which it was.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vae.compiled.adam import WholeStep
+from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.pairs.modes import random_state, set_random_state
+from pyro_vae.training.data import Batch, Batches
+from pyro_vae.training.diagnosis import diagnosis
+from pyro_vae.training.parameters import Pair
+
+__all__ = ["Steps"]
+
+
+class Steps:
+    """Steps of one optimizer on the loss per data point of a pair.
+
+    Args:
+        pair: looked at.
+        batches: where the batches come from.
+        elbo: the objective.
+        optimizer: of the pair's parameters.
+        clip_norm: largest norm of the gradient of the loss per data point.
+        compiled: takes the place of `elbo`, where it can.
+
+    Attributes:
+        count: steps taken.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        batches: Batches,
+        elbo: ELBO,
+        optimizer: torch.optim.Optimizer,
+        clip_norm: float | None,
+        compiled: CompiledELBO | None,
+    ) -> None:
+        self.pair, self.batches, self.elbo, self.optimizer = pair, batches, elbo, optimizer
+        self.clip_norm, self.compiled = clip_norm, compiled
+        self.count = 0
+        objectives = [elbo] if compiled is None else [elbo, compiled.elbo]
+        self._scheduled = [e for e in objectives if hasattr(e, "set_step")]
+        self._own = {id(p) for p in pair.parameters}
+        self._weights: dict[int, Tensor] = {}
+        self._whole: WholeStep | None = None
+        # the protocol of torch.amp.GradScaler: optimizers that take found_inf skip a step without a word to the CPU
+        skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
+        self._deferred = bool(skips) and pair.device.type == "cuda"
+        self._stopped = torch.zeros((), dtype=torch.bool, device=pair.device)
+        self._finite = torch.zeros((), dtype=torch.long, device=pair.device)
+        self._epoch: list[tuple[tuple[Tensor, list[Tensor]], Batch]] = []
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """One step; returns the loss per data point, 0-dim, where the batch is.
+
+        Raises:
+            ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
+        """
+        for elbo in self._scheduled:
+            elbo.set_step(self.count)
+        state, size = random_state(), self.pair.data_points(batch)
+        inputs = self._find_whole_step(batch)
+        if inputs is not None:
+            value, norm = self._whole(self._stopped, *inputs)
+            value = value / size
+            self._look(batch, state, value, norm)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            value, norm = self._gradients(batch)
+            self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
+            self._look(batch, state, value, norm)
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.pair.parameters, self.clip_norm, norm)
+            if self._deferred:
+                self.optimizer.found_inf = self._stopped.float()
+            if self._whole is not None:
+                self._whole.settle()
+            self.optimizer.step()
+            if self._whole is not None:
+                self._whole.resume()
+        self.count += 1
+        return value
+
+    def go_on(self, count: int) -> None:
+        """Goes on after so many steps, with the objective as the last of them left it."""
+        self.count = count
+        for elbo in self._scheduled:
+            elbo.set_step(max(0, count - 1))
+
+    def end_epoch(self) -> None:
+        """Says what went wrong in an epoch whose steps nobody looked at, and brings the optimizer up to date."""
+        skipped = 0
+        if self._deferred:
+            if hasattr(self.optimizer, "found_inf"):
+                del self.optimizer.found_inf
+            skipped = len(self._epoch) - int(self._finite)
+        if self._whole is not None:
+            self._whole.settle(skipped)
+        if skipped:
+            self.count -= skipped
+            state, batch = self._epoch[int(self._finite)]
+            batch = self.batches.at(batch.rows)
+            with torch.random.fork_rng():
+                set_random_state(state)
+                value, norm = self._gradients(batch)
+            self._fail(batch, state, value, norm)
+        self._finite.zero_()
+        self._epoch.clear()
+
+    def _look(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
+        """Stops on what is not finite; later, if the device would have to be waited for."""
+        if self._deferred:
+            self._finite += ~self._stopped
+            self._epoch.append((state, batch._replace(inputs=())))
+        elif self._stopped:
+            if self._whole is not None:
+                self._whole.settle(skipped=1)
+            self._fail(batch, state, value, norm)
+
+    def _find_whole_step(self, batch: Batch) -> list[Tensor] | None:
+        """The inputs of the whole step, once the loss is recorded, and where the optimizer is a plain Adam."""
+        full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
+        if self.compiled is None or self.compiled.backend != "inductor" or not full or self.count == 0:
+            return None
+        call = self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
+        if call is None or call.plan is None:
+            return None
+        if self._whole is None or self._whole.graph is not call.plan.graph:
+            if self._whole is not None:
+                self._whole.settle()
+                self._whole = None
+            if not WholeStep.fits(self.optimizer, call.plan.graph):
+                return None
+            self._whole = WholeStep(call.plan.graph, self.optimizer, self.clip_norm)
+        return [*call.inputs, self._weight(self.pair.data_points(batch))]
+
+    def _weight(self, size: int) -> Tensor:
+        if size not in self._weights:
+            self._weights[size] = torch.tensor(1 / size, device=self.pair.device)
+        return self._weights[size]
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
+        pair, size = self.pair, self.pair.data_points(batch)
+        if self.compiled is not None and self.count > 0:
+            full = batch.size == self.batches.batch_size
+            found = self.compiled.loss_and_gradients(
+                pair.model, pair.guide, batch.inputs, self._weight(size), generate_code=full
+            )
+            if found is not None:
+                for leaf, gradient in found.gradients:
+                    if id(leaf) in self._own:
+                        leaf.grad = gradient
+                return found.loss / size, found.norm
+        # the first step runs under the user's validation settings, so that Pyro says what it has to say
+        with nullcontext() if self.count == 0 else pyro.validation_enabled(False):
+            if hasattr(self.elbo, "differentiable_loss"):
+                loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.inputs) / size
+                loss.backward()
+                value = loss.detach()
+            else:  # TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep do their own backward pass
+                value = self.elbo.loss_and_grads(pair.model, pair.guide, *batch.inputs)
+                value = torch.as_tensor(value[0] if isinstance(value, tuple) else value, device=pair.device) / size
+                for p in pair.parameters:
+                    if p.grad is not None:
+                        p.grad /= size
+        return value, torch.nn.utils.get_total_norm([p.grad for p in pair.parameters if p.grad is not None])
+
+    def _fail(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
+        self.pair.recover()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng():
+            set_random_state(state)
+            raise ValueError(diagnosis(self.pair, batch, self.count, value, norm))
