@@ -17,7 +17,7 @@ FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 def test_files_functions_and_classes_are_short():
     lengths = {p.relative_to(PACKAGE): len(p.read_text().splitlines()) for p in FILES}
     assert {name: n for name, n in lengths.items() if n > 350} == {}
-    assert statistics.median(n for name, n in lengths.items() if name.name != "__init__.py") <= 140
+    assert statistics.median(n for name, n in lengths.items() if name.name != "__init__.py") <= 145
     long, wide = {}, {}
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -2,11 +2,11 @@ r"""`CompiledELBO`: any `pyro.infer.ELBO` of any model and guide as one compiled
 
 Pyro is chosen for what it can express; per step it costs milliseconds of Python for effect handlers, sites and one
 optimizer per parameter. All of that does the same thing in every step, so one run of it is recorded
-(`pyro_vae.compiled.recording`), with its backward pass, and replayed: by code that torch's inductor generates, or operation by
+(`recording.py`), with its backward pass, and replayed: by code that torch's inductor generates, or operation by
 operation, with the same random numbers, and then the very same floats, as Pyro.
 
 A recording holds as long as what it was made from: shapes, dtypes and devices of the arguments, training or evaluation
-mode, the parameters there are, and every number in a closure, global or attribute (`pyro_vae.compiled.watch`). If one of these
+mode, the parameters there are, and every number in a closure, global or attribute (`watch.py`). If one of these
 changes, the next call records anew. Arguments that are tensors or floats are inputs, as are tensors in closures:
 annealing one of them costs nothing.
 """
