@@ -21,7 +21,7 @@ from torch import nn
 from truths import linear_vae, small_vae
 
 from pyro_vae import VAE, CompiledELBO, ImportanceWeightedELBO, fit
-from pyro_vae import graphs as graphs_module
+from pyro_vae.compiled import codegen as codegen_module
 from pyro_vae.compiled.codegen import _Captured
 from pyro_vae.compiled.watch import Watch
 from pyro_vae.distributions import ConditionalBernoulli, StandardNormal
@@ -406,7 +406,7 @@ def test_without_a_compiler_there_is_one_hint_and_the_same_numbers(monkeypatch):
         raise torch._inductor.exc.InvalidCxxCompiler
 
     monkeypatch.setattr(torch._inductor, "compile", compile)
-    monkeypatch.setattr(graphs_module, "_hinted", False)
+    monkeypatch.setattr(codegen_module, "_hinted", False)
     pair = vae_pair(small_vae)
     expected = gradients(Trace_ELBO(), *pair, X)
     compiled = [CompiledELBO(Trace_ELBO()) for _ in range(2)]

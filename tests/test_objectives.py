@@ -220,7 +220,7 @@ def test_errors():
             pyro.sample("z", dist.Normal(x, 1.0))
 
     elbo, x = ImportanceWeightedELBO(2), torch.zeros(3)
-    with pytest.raises(ValueError, match=r"site 'm' is outside plate 'data' \(its plates: none\)"):
+    with pytest.raises(ValueError, match=r"site 'm' of the guide is outside plate 'data' \(its plates: none\)"):
         elbo.loss(outside, outside_guide, x)
     with pytest.raises(ValueError, match=r"site 'z' of the model is scaled by 0.5, site 'x' of the model by 1.0.*Try"):
         elbo.loss(scaled, guide, x)

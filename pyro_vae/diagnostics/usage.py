@@ -105,7 +105,7 @@ def latent_usage(
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
     means, kls = [], []
     noise: Tensor | float = 0.0
-    with torch.no_grad(), evaluation_mode():
+    with torch.no_grad(), evaluation_mode(model, guide):
         for rows in sampler.chunks(1)[0]:
             guide_trace, model_trace = sampler.traces(1, rows, check=False)
             latents = [n for n, s in sample_sites(guide_trace).items() if not s["is_observed"]]

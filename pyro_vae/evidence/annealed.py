@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import pi
+from math import inf, pi
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from pyro_vae.evidence.adaptive import FIRST_DRAWS, fit_gaussians
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
-from pyro_vae.evidence.proposals import Gaussians, Proposal, from_guide, from_prior
+from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
 from pyro_vae.particles.chunks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -172,7 +172,8 @@ class _Path:
 
     def forwards(self, num_chains: int, *, tune: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """log w (K, N), and step sizes, which adapt on the way if `tune`, and variances of U, both (T + 1, N)."""
-        state = self._evaluate(self.start.draw(num_chains))
+        u, outside = defined(self.start.draw(num_chains))
+        state = self._evaluate(u)
         log_weight, steps = torch.zeros_like(state.log_start), self.step_sizes.clone()
         variances = [state.difference.var(0, correction=0)]
         for t in range(1, len(steps)):
@@ -185,7 +186,7 @@ class _Path:
                 if tune:
                     steps[t:] = (steps[t] * (0.7 * (acceptance - ACCEPTANCE)).exp()).clamp(1e-4, self._longest)
             variances.append(state.difference.var(0, correction=0))
-        return log_weight, steps, torch.stack(variances)
+        return log_weight.masked_fill(outside, -inf), steps, torch.stack(variances)
 
     def backwards(self, u: Tensor) -> Tensor:
         """log w (K, N) of chains that run back from exact posterior draws u."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vae.evidence.evidence import LOWER_BOUND, NO_BOUND, UPPER_BOUND, Evidence
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 
@@ -47,14 +47,14 @@ def collect(
         progress: show a progress bar, if on a terminal.
     """
     bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
-    sampler.layout.check_density()
-    if not any(site["is_observed"] for site in sample_sites(sampler.layout.model_trace).values()):
+    check_density(sampler.pair.look)
+    if not any(site.role == "observed" for site in sampler.pair.sites.values()):
         raise ValueError(
             "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "
             "order of the arguments, (model, guide, x)."
         )
     parts = []
-    with torch.no_grad(), evaluation_mode():
+    with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
         rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)
         with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
             for r in rows:
@@ -64,6 +64,6 @@ def collect(
                     log_weight = draw(count)
                     summary.update(log_weight)
                     bar.update(log_weight.numel())
-                parts.append(summary.result())
-    values = [torch.cat([part[i] for part in parts]) for i in range(4)]
-    return Evidence(*values, num_particles, bound, method)
+                parts.append((*summary.result(), summary.num_zero))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return Evidence(*columns[:4], num_particles, bound, method, columns[4])

@@ -37,7 +37,7 @@ def compiled_log_weight(sampler: ParticleSampler, compile: bool | str, passes: i
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}.")
-    if sampler.layout.fixed is not None or not compile or (compile == "auto" and passes < 30):
+    if sampler.rows.fixed is not None or not compile or (compile == "auto" and passes < 30):
         return None
     return CompiledLogWeight(sampler, generate_code=compile is True or passes >= 1000)
 
@@ -61,8 +61,8 @@ class CompiledLogWeight:
         """log w, (K, rows), nats; data that are not finite or not in support are not looked for."""
         if self._refused:
             return self.sampler.log_weight(num_particles, rows, check=False)
-        layout, size = self.sampler.layout, rows.stop - rows.start
-        args, kwargs = layout.cut(rows)
+        size = rows.stop - rows.start
+        args, kwargs = self.sampler.rows.cut(rows)
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         recorded, graph = self._graphs.get(size, (0, None))
         if recorded >= num_particles:
@@ -73,7 +73,9 @@ class CompiledLogWeight:
         def log_weight(*tensors: Tensor) -> list[Tensor]:
             left = iter(tensors)
             replaced = [next(left) if isinstance(a, Tensor) else a for a in (*args, *kwargs.values())]
-            with layout.using(tuple(replaced[: len(args)]), dict(zip(kwargs, replaced[len(args) :], strict=True))):
+            with self.sampler.rows.using(
+                tuple(replaced[: len(args)]), dict(zip(kwargs, replaced[len(args) :], strict=True))
+            ):
                 return [self.sampler.log_weight(num_particles, rows, check=False)]
 
         state = random_state()

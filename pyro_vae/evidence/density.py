@@ -12,17 +12,18 @@ below another): the model maps its own sites as it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to, transforms
+from torch.distributions import transforms
 
 from pyro_vae.pairs.handlers import SetValues, StopAfter, unobserved
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
+from pyro_vae.pairs.supports import bijection, inside_support
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["LatentDensity"]
@@ -44,13 +45,13 @@ class LatentDensity:
 
     def __init__(self, sampler: ParticleSampler, rows: slice | None = None) -> None:
         self.sampler, self.layout, self.rows = sampler, sampler.layout, rows
-        self.discrete = self.layout.summed | self.layout.enumerated
+        self.discrete = sampler.pair.summed | sampler.pair.enumerated
         with torch.no_grad():
             self._guide_trace, model_trace = sampler.traces(1, rows)
             self._sites = {n: s for n, s in sample_sites(model_trace).items() if self._is_continuous(n, s)}
-            parts = {name: self._unconstrained(site) for name, site in self._sites.items()}
+            self._is_real = all(_is_real(bijection(name, site["fn"])) for name, site in self._sites.items())
+            parts = {name: self._unconstrained(name, site) for name, site in self._sites.items()}
         self._shapes = {name: part.shape[2:] for name, part in parts.items()}
-        self._is_real = all(_is_real(site["fn"].support) for site in self._sites.values())
         self.dim = sum(prod(shape) for shape in self._shapes.values())
         if not self.dim:
             raise ValueError("the model has no continuous latent. Try importance_sampling, which needs none.")
@@ -59,7 +60,7 @@ class LatentDensity:
     def knows_guide(self) -> bool:
         """Whether q(u|x) can be evaluated: a guide with auxiliary variables can only be drawn from."""
         sites = sample_sites(self._guide_trace).items()
-        return {name for name, site in sites if not site["is_observed"]} <= self.layout.latents
+        return {name for name, site in sites if not site["is_observed"]} <= self.sampler.pair.latents
 
     @property
     def masked(self) -> list[str]:
@@ -81,7 +82,7 @@ class LatentDensity:
 
     @torch.no_grad()
     def draw(self, num_particles: int) -> Tensor:
-        """u ~ q(u|x), (K, N, D)."""
+        """u ~ q(u|x), (K, N, D); NaN for draws outside of the prior's support, where u is not defined."""
         if self._is_real:  # the model is not needed to say what the supports are
             return self._join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
         return self._join(self.sampler.traces(num_particles, self.rows, check=False)[1])
@@ -139,30 +140,40 @@ class LatentDensity:
         sites = {n: s for n, s in sample_sites(self._guide_trace).items() if not s["is_observed"]}
         if not self.knows_guide:
             raise ValueError(
-                f"the guide draws {sorted(sites.keys() - self.layout.latents)}, which are no latents of the model, so "
-                "that its density at a point is not known. Try adaptive_importance_sampling, or annealing from there."
+                f"the guide draws {sorted(sites.keys() - self.sampler.pair.latents)}, which are no latents of the "
+                "model, so that its density at a point is not known. Try adaptive_importance_sampling, or annealing "
+                "from there."
             )
         if len(sites) == 1 and not self.discrete:  # q depends on no other latent, and its encoder ran already
             name, site = next(iter(sites.items()))
-            log_prob = site_log_prob({**site, "value": latents[name]})
+            moved = {**site, "value": latents[name]}
+            log_prob, outside = site_log_prob(moved), outside_support(moved)
+            if outside is not None:
+                log_prob = log_prob.masked_fill(outside, -inf)
             return self.layout.sum_to_points(name, log_prob, self.rows)
         guide = SetValues(latents)(self.sampler.guide)
-        trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.layout.enumerated)
-        return self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.layout.enumerated)
+        trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.sampler.pair.enumerated)
+        value = self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.sampler.pair.enumerated)
+        outside = self.sampler.outside(trace, self.rows)
+        return value if outside is None else value.masked_fill(outside, -inf)
 
     # -- u and the sites' values --------------------------------------------------------------------------------------
 
-    def _unconstrained(self, site: dict) -> Tensor:
-        """A site's value in R^d as (K, N, *inner plates, *event)."""
-        transform = biject_to(site["fn"].support)
-        event = site["value"].dim() - len(site["fn"].event_shape)
-        value = transform.inv(site["value"])
+    def _unconstrained(self, name: str, site: dict) -> Tensor:
+        """A site's value in R^d as (K, N, *inner plates, *event); NaN where it is outside of the prior's support."""
+        fn = self._sites[name]["fn"] if self._is_real else site["fn"]
+        event = site["value"].dim() - len(fn.event_shape)
+        value = bijection(name, fn).inv(site["value"])
+        inside = inside_support(fn, site["value"])
+        if inside is not None:
+            value = value.masked_fill(~inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim())), torch.nan)
         like = {**site, "value": value, "fn": _EventShape(value.shape[event:])}
         return self.layout.align(like, self.rows)
 
     def _join(self, trace: poutine.Trace) -> Tensor:
         sites = sample_sites(trace)
-        parts = [part.reshape(*part.shape[:2], -1) for part in map(self._unconstrained, map(sites.get, self._sites))]
+        parts = [self._unconstrained(name, sites[name]) for name in self._sites]
+        parts = [part.reshape(*part.shape[:2], -1) for part in parts]
         count, rows = max(len(p) for p in parts), max(p.shape[1] for p in parts)
         return torch.cat([p.expand(count, rows, -1) for p in parts], -1)
 
@@ -172,7 +183,8 @@ class LatentDensity:
         return {name: self._place(name, part.reshape(*u.shape[:2], *shape)) for (name, shape), part in parts}
 
     def _place(self, name: str, value: Tensor) -> Tensor:
-        missing = 0 if self.layout.fixed is None else self.layout.fixed - value.shape[1]
+        fixed = self.sampler.rows.fixed
+        missing = 0 if fixed is None else fixed - value.shape[1]
         if missing:  # a plate of fixed size runs on more rows than are wanted, which come last
             value = torch.cat([value[:, :1].expand(-1, missing, *value.shape[2:]), value], 1)
         return self.layout.place(self._sites[name], value)
@@ -191,7 +203,7 @@ class _Constrain(Messenger):
         name = msg["name"]
         if name not in self.unconstrained:
             return
-        u, transform = self.unconstrained[name], biject_to(msg["fn"].support)
+        u, transform = self.unconstrained[name], bijection(name, msg["fn"])
         value = transform(u)
         self.latents[name] = msg["value"] = value
         log_det = transform.log_abs_det_jacobian(u, value)
@@ -199,8 +211,7 @@ class _Constrain(Messenger):
         self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det
 
 
-def _is_real(support: Any) -> bool:
-    transform = biject_to(support)
+def _is_real(transform: Any) -> bool:
     while isinstance(transform, transforms.IndependentTransform):
         transform = transform.base_transform
     return transform == transforms.identity_transform

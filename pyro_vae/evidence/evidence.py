@@ -46,6 +46,8 @@ class Evidence:
         num_particles: K.
         bound: what `log_evidence` is a bound of, and in which sense.
         method: name of the estimator.
+        num_zero: how many of the K weights are zero, (N,), int64: draws outside of the prior's support, or for which x
+            is impossible.
     """
 
     log_evidence: Tensor
@@ -55,6 +57,7 @@ class Evidence:
     num_particles: int
     bound: str
     method: str
+    num_zero: Tensor | None = None
 
     @property
     def threshold(self) -> float:
@@ -95,6 +98,12 @@ class Evidence:
             + (f"(above {self.threshold:.2f})" if len(known) else "(too few particles to tell)"),
             f"  bound                  {self.bound}",
         ]
+        if self.num_zero is not None and (points := int((self.num_zero > 0).sum())):
+            share = self.num_zero.double().mean() / self.num_particles
+            lines.append(
+                f"  zero weights           {share:.2%} of all, at {points} point{'s' * (points != 1)}: draws outside "
+                "the prior's support, or for which x is impossible"
+            )
         bad = (~torch.isfinite(self.log_evidence)).nonzero().flatten().tolist()
         if bad:
             shown = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")

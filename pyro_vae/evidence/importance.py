@@ -189,7 +189,7 @@ def prior_sampling(
             "prior_sampling(model, None, x): the second place is that of the guide in the other estimators."
         )
     sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
-    sampler.guide = StopAfter(sampler.layout.latents)(sampler.guide)  # the model runs once for each draw, not twice
+    sampler.guide = StopAfter(sampler.pair.latents)(sampler.guide)  # the model runs once for each draw, not twice
     kernel = _compiled(sampler, compile, num_particles, chunk_size)
     return collect(
         sampler,

@@ -20,6 +20,9 @@ class LogWeightSummary:
         smooth: replace the tail of the weights by that of the fitted Pareto distribution.
         correction: of the bias: None, "delta" or "jackknife".
 
+    Attributes:
+        num_zero: how many weights were zero so far, (n,), int64.
+
     Example:
         >>> summary = LogWeightSummary(100)
         >>> summary.update(torch.ones(60, 2))
@@ -42,10 +45,12 @@ class LogWeightSummary:
         self._top: Tensor | None = None
         self._rest: Tensor | float = -float("inf")  # log Σ wᵖ of those that are not kept, for p = 1, 2, …
         self._tolerance = 0.0
+        self.num_zero = torch.zeros((), dtype=torch.long)
 
     def update(self, log_weight: Tensor) -> None:
         """Takes a chunk (k, n) of log-weights."""
         self._tolerance = max(self._tolerance, sqrt(torch.finfo(log_weight.dtype).eps))
+        self.num_zero = self.num_zero.to(log_weight.device) + log_weight.isneginf().sum(0)
         log_weight = log_weight.double()
         self.count += len(log_weight)
         every = log_weight if self._top is None else torch.cat([self._top, log_weight])

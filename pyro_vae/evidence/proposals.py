@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd, log, pi
+from math import gcd, inf, log, pi
 
 import torch
 from torch import Tensor
 
 from pyro_vae.evidence.density import LatentDensity
 
-__all__ = ["Gaussians", "Proposal", "from_guide", "from_prior", "mixture_weights", "shares"]
+__all__ = ["Gaussians", "Proposal", "defined", "from_guide", "from_prior", "mixture_weights", "shares"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Gaussians:
 
     @classmethod
     def around(cls, draws: Tensor) -> Gaussians:
-        """With the means and standard deviations of draws (K, N, D)."""
-        return cls(draws.mean(0), torch.diag_embed(draws.std(0) + torch.finfo(draws.dtype).tiny))
+        """With the moments of draws (K, N, D) that are defined; N(0, I) where fewer than two of them are."""
+        known = draws.isfinite()
+        count = known.sum(0)
+        mean = draws.where(known, 0).sum(0) / count
+        std = ((draws - mean).where(known, 0).square().sum(0) / (count - 1)).sqrt()
+        mean, std = mean.where(count > 1, 0), std.where(count > 1, 1)
+        return cls(mean, torch.diag_embed(std + torch.finfo(draws.dtype).tiny))
 
     def proposal(self) -> Proposal:
         inverse = torch.linalg.inv(self.scale_tril)
@@ -78,9 +83,10 @@ def shares(density: LatentDensity, proposals: Sequence[Proposal], *, num_draws: 
     each at least the share `least`.
     """
     u = torch.cat([q.draw(num_draws) for q in proposals])
+    u, outside = defined(u)
     terms = _evaluate(density, proposals, u)
     log_q = torch.stack([q.log_prob(u, terms) for q in proposals])  # (J, K, N)
-    weight = (terms[0] + terms[1] - log_q.logsumexp(0)).softmax(0)
+    weight = (terms[0] + terms[1] - log_q.logsumexp(0)).masked_fill(outside, -inf).softmax(0)
     result = torch.full_like(log_q[:, 0], 1 / len(proposals))
     for _ in range(20):
         result = (weight * (log_q + result.log().unsqueeze(1)).softmax(0)).sum(1)
@@ -126,11 +132,18 @@ def mixture_weights(
             u = proposals[0].draw(count)
             for i, q in enumerate(proposals[1:], 1):
                 u = torch.where((label == i).unsqueeze(-1), q.draw(count), u)
+        u, outside = defined(u)
         terms = _evaluate(density, proposals, u)
         log_q = torch.stack([q.log_prob(u, terms) for q in proposals])
-        return terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)
+        return (terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)).masked_fill(outside, -inf)
 
     return weigh
+
+
+def defined(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws with zeros in place of those that are outside of the prior's support, and which these are, (K, N)."""
+    outside = u.isnan().any(-1)
+    return u.masked_fill(outside.unsqueeze(-1), 0.0), outside
 
 
 def _evaluate(density: LatentDensity, proposals: Sequence[Proposal], u: Tensor) -> tuple[Tensor, ...]:

@@ -80,15 +80,15 @@ def from_pyro_svi(
     """
     num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    if sampler.layout.summed:
+    if sampler.pair.summed:
         raise ValueError(
-            f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.layout.summed)}, which are "
+            f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "
             "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that has them."
         )
     groups = _Groups(coords, dims)
     generative = poutine.uncondition(model)
     points: list[tuple[Tensor, ...]] = []
-    with torch.no_grad(), evaluation_mode():
+    with torch.no_grad(), evaluation_mode(model, guide):
         all_rows, counts = sampler.chunks(num_samples)
         with progress_bar(len(all_rows) * len(counts), "draws for ArviZ", progress) as bar:
             for rows in all_rows:

@@ -24,9 +24,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.pairs.sites import plate_frames, sample_sites, site_log_prob
-from pyro_vae.pairs.vectorized import PARTICLE_PLATE, check_vectorized
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 from pyro_vae.particles.chunks import check_num_particles
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -70,7 +70,7 @@ class ImportanceWeightedELBO(ELBO):
     def __init__(self, num_particles: int, *, plate: str = "data", doubly_reparameterized: bool = False) -> None:
         super().__init__(num_particles=check_num_particles(num_particles), vectorize_particles=True)
         self.plate, self.doubly_reparameterized = plate, doubly_reparameterized
-        self._pair: tuple[Callable, Callable] | None = None  # whose plates are known
+        self._pair: Pair | None = None  # that was looked at
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats."""
@@ -119,53 +119,36 @@ class ImportanceWeightedELBO(ELBO):
     # -- traces and weights -------------------------------------------------------------------------------------------
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[poutine.Trace, ...]:
-        """Of the guide and of the model, under the plate of particles."""
-        if self._pair != (model, guide):
-            with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), poutine.block():
-                first = poutine.trace(guide).get_trace(*args, **kwargs)
-                both = first, poutine.trace(poutine.replay(model, first)).get_trace(*args, **kwargs)
-            self.max_plate_nesting = -min((f.dim for f in plate_frames(*both) if f.dim is not None), default=0)
-            if get_proxy_mode() is None:  # not in a recording, which compares no values
-                check_vectorized((guide, model), args, kwargs, both, 1 + self.max_plate_nesting)
-            self._pair = model, guide
-        guide_trace = self._trace(guide, args, kwargs)
-        model_trace = self._trace(poutine.replay(model, guide_trace), args, kwargs)
-        latents = [{n for n, s in sample_sites(t).items() if not s["is_observed"]} for t in (guide_trace, model_trace)]
-        if latents[1] - latents[0]:
-            raise ValueError(
-                f"latent sites {sorted(latents[1] - latents[0])} are in the model alone. Expected each latent of the "
-                "model in the guide, under the same name."
-            )
-        return guide_trace, model_trace
+        """Traces of the guide and of the model, under the plate of particles."""
+        if self._pair is None or (self._pair.model, self._pair.guide) != (model, guide):
+            self._pair = self._look(Pair(model, guide, args, kwargs, plate=self.plate, cut=False))
+        particles = pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-self._pair.layout.width)
+        guide_trace = poutine.trace(particles(guide)).get_trace(*args, **kwargs)
+        return guide_trace, poutine.trace(particles(poutine.replay(model, guide_trace))).get_trace(*args, **kwargs)
 
-    def _trace(self, function: Callable, args: tuple, kwargs: dict) -> poutine.Trace:
-        particles = pyro.plate(PARTICLE_PLATE, self.num_particles, dim=-1 - self.max_plate_nesting)
-        return poutine.trace(particles(function)).get_trace(*args, **kwargs)
+    @staticmethod
+    def _look(pair: Pair) -> Pair:
+        if pair.summed:
+            raise ValueError(
+                f"latent sites {sorted(pair.summed)} are in the model alone. Expected each latent of the model in the "
+                "guide, under the same name: nothing is summed out here."
+            )
+        if get_proxy_mode() is None:  # not in a recording, which compares no values
+            pair.check_vectorized()
+        return pair
 
     def _weigh(
         self, guide_trace: poutine.Trace | None, model_trace: poutine.Trace
-    ) -> tuple[float, Tensor, Tensor | None]:
+    ) -> tuple[Any, Tensor, Tensor | None]:
         """The plate's scale, log w (K, N) (log p(x, z) without a guide), and log q of draws that are no function of
         the guide's parameters, if there are any."""
         traces = [(1, model_trace)] if guide_trace is None else [(1, model_trace), (-1, guide_trace)]
-        width = 1 + self.max_plate_nesting
-        dim = next((f.dim for f in plate_frames(model_trace) if f.name == self.plate), None)
-        scales, log_weight, score = [], 0.0, None
+        scales, log_weight, score = [], torch.zeros(()), None
         for sign, trace in traces:
             for name, site in sample_sites(trace).items():
                 if sign < 0 and site["is_observed"]:
                     continue
-                if dim is None or dim not in {f.dim for f in site["cond_indep_stack"] if f.name == self.plate}:
-                    plates = ", ".join(repr(f.name) for f in site["cond_indep_stack"] if f.name != PARTICLE_PLATE)
-                    raise ValueError(
-                        f"site {name!r} is outside plate {self.plate!r} (its plates: {plates or 'none'}); the weight "
-                        "of a data point needs every site inside. Try to move it in, plate=… with another name, or "
-                        "pyro.infer.Trace_ELBO."
-                    )
-                value = site_log_prob(site)
-                value = value.reshape((1,) * (width - value.dim()) + value.shape)
-                others = [a for a in range(1, width) if a != width + dim]
-                value = value.sum(others) if others else value
+                value = self._pair.layout.sum_to_points(name, site_log_prob(site), None)
                 scales.append((f"{name!r} of the {'model' if sign > 0 else 'guide'}", site["scale"]))
                 log_weight = log_weight + sign * value
                 if sign < 0 and not site["fn"].has_rsample:

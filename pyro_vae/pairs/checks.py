@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["check_rows", "check_support", "ignores_missing"]
+from pyro_vae.pairs.look import Look
+from pyro_vae.pairs.sites import plate_frames, sample_sites
+
+__all__ = ["check_latents", "check_rows", "check_sites", "check_support", "ignores_missing"]
 
 
 def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) -> None:
@@ -68,3 +71,41 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
         f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
         + advice
     )
+
+
+def check_sites(look: Look, plate: str | None) -> None:
+    """Raises ValueError for sites outside of the data plate, and for subsamples where all data are one point."""
+    for where, trace in (("guide", look.guide), ("model", look.model)):
+        for name, site in sample_sites(trace).items():
+            plates = [f.name for f in site["cond_indep_stack"]]
+            if plate is not None and plate not in plates:
+                raise ValueError(
+                    f"site {name!r} of the {where} is outside plate {plate!r} (its plates: "
+                    f"{', '.join(map(repr, plates)) or 'none'}); the weight of a data point needs every site inside"
+                    " it. Try to move the site in, to fix its value with poutine.condition, or plate=None for the "
+                    "joint evidence of all data."
+                )
+    for f in plate_frames(*look[:2]) if plate is None else []:
+        if f.full_size is not None and f.size < f.full_size:
+            raise ValueError(
+                f"plate {f.name!r} has {f.size} of {f.full_size} data points; the joint evidence (plate=None) "
+                "needs all of them. Try to call model and guide on all data, without subsample_size."
+            )
+
+
+def check_latents(drawn: dict[str, dict], latents: Collection[str]) -> None:
+    """Raises ValueError unless the guide draws each of these latents, and besides them auxiliary sites only.
+
+    Args:
+        drawn: sites that the guide draws.
+        latents: names of the model's latent sites that are not summed out.
+    """
+    missing = set(latents) - drawn.keys()
+    extra = {name for name, site in drawn.items() if name not in latents and not site["infer"].get("is_auxiliary")}
+    if missing or extra:
+        raise ValueError(
+            f"model and guide have different latent sites: {sorted(missing) or 'none'} only in the model, "
+            f"{sorted(extra) or 'none'} only in the guide. Expected each latent of the model in the guide, under "
+            "the same name, or marked by pyro.infer.config_enumerate(model) to be summed out. Try "
+            "pyro.render_model on both to see them."
+        )

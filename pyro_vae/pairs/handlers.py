@@ -56,12 +56,12 @@ class StopAfter(Messenger):
 
 
 class SetSubsample(Messenger):
-    """Sets the indices that a plate draws."""
+    """Sets the indices that plates draw, {plate: indices}."""
 
-    def __init__(self, plate: str, indices: Tensor) -> None:
+    def __init__(self, indices: dict[str, Tensor]) -> None:
         super().__init__()
-        self.plate, self.indices = plate, indices
+        self.indices = indices
 
     def _pyro_sample(self, msg: dict) -> None:
-        if msg["name"] == self.plate and site_is_subsample(msg):
-            msg["value"] = self.indices.to(msg["fn"].device)
+        if msg["name"] in self.indices and site_is_subsample(msg):
+            msg["value"] = self.indices[msg["name"]].to(msg["fn"].device)

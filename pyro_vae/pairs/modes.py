@@ -1,22 +1,46 @@
-"""The states that a run of a pair must not leave behind: the mode of modules and the random generators."""
+"""Running modules in evaluation mode, and keeping the state of the random generators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluation_mode", "random_state", "set_random_state"]
+__all__ = ["all_owners", "evaluation_mode", "fork_random_state", "owners", "random_state", "set_random_state"]
+
+
+def owners(*functions: Any) -> list[nn.Module]:
+    """The modules that functions are or belong to, also under `functools.partial` and Pyro's handlers."""
+    return [owner for owner in all_owners(*functions) if isinstance(owner, nn.Module)]
+
+
+def all_owners(*functions: Any) -> list[Any]:
+    """The objects that functions are methods of, and those of them that are modules."""
+    found: dict[int, Any] = {}
+    left = list(functions)
+    while left:
+        function = left.pop(0)
+        if isinstance(function, partial):  # Pyro's handlers are partials too, with what they handle as an argument
+            left += [f for f in (function.func, *function.args) if callable(f)]
+            continue
+        owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if owner is not None:
+            found[id(owner)] = owner
+    return list(found.values())
 
 
 @contextmanager
-def evaluation_mode() -> Iterator[None]:
-    """Runs every `nn.Module` called inside in evaluation mode (dropout off, batch norm frozen), and restores each.
+def evaluation_mode(*functions: Callable) -> Iterator[None]:
+    """Runs modules in evaluation mode (dropout off, batch norm frozen), and puts each back into the mode it was in.
 
-    It needs no list of modules: it sees them as they are called, wherever a model or guide keeps them.
+    Every `nn.Module` that is called inside is switched, wherever a model or guide keeps it, and so are the owners of
+    `functions` with all their parts: a method of a module may ask for `self.training` without the module being called.
     """
     changed: list[nn.Module] = []
 
@@ -27,6 +51,9 @@ def evaluation_mode() -> Iterator[None]:
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(switch)
     try:
+        for owner in owners(*functions):
+            for module in owner.modules():
+                switch(module, None)
         yield
     finally:
         handle.remove()
@@ -35,12 +62,24 @@ def evaluation_mode() -> Iterator[None]:
 
 
 def random_state() -> tuple[Tensor, list[Tensor]]:
-    """Of torch's generators, on the CPU and on CUDA where that is in use."""
+    """The state of torch's generators: the CPU's, and those of CUDA if CUDA has been used."""
     return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    """Back to what `random_state` returned."""
+    """Restores what `random_state` returned."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
+
+
+@contextmanager
+def fork_random_state() -> Iterator[None]:
+    """Restores the generators of torch, NumPy and Python afterwards."""
+    ours, numpy, python = random_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        set_random_state(ours)
+        np.random.set_state(numpy)
+        random.setstate(python)

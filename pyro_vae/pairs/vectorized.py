@@ -6,7 +6,7 @@ does not see it; `softmax(z, 1)` or `z[:, 0]` then mean another dimension than t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -14,8 +14,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.handlers import SetValues
-from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.handlers import SetSubsample, SetValues
+from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
 
 __all__ = ["PARTICLE_PLATE", "check_vectorized"]
@@ -28,7 +28,14 @@ ADVICE = (
 )
 
 
-def check_vectorized(pair: tuple[Callable, Callable], args: tuple, kwargs: dict, looks: tuple, width: int) -> None:
+def check_vectorized(
+    pair: tuple[Callable, Callable],
+    args: tuple,
+    kwargs: dict,
+    looks: Sequence[poutine.Trace],
+    width: int,
+    subsamples: dict[str, Tensor],
+) -> None:
     """Runs a pair for two particles, and again for the first of them alone, and compares.
 
     Args:
@@ -37,13 +44,21 @@ def check_vectorized(pair: tuple[Callable, Callable], args: tuple, kwargs: dict,
         kwargs: the same.
         looks: traces of both, for whatever rows, without particles.
         width: batch dimensions under the plate of particles.
+        subsamples: {plate: indices} of plates that draw some, the same in both runs.
 
     Raises:
         ValueError: the pair does not run for two, or one of its sites has another log-probability then.
     """
     values: dict[str, Tensor] = {}
     first: dict[str, Tensor] = {}
-    with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), pyro.validation_enabled(False), poutine.block():
+    with (
+        fork_random_state(),
+        torch.no_grad(),
+        evaluation_mode(*pair),
+        pyro.validation_enabled(False),
+        poutine.block(),
+        SetSubsample(subsamples),
+    ):
         for role, function, look in zip(("guide", "model"), pair, looks, strict=True):
             try:
                 together = _sites(pyro.plate(PARTICLE_PLATE, 2, dim=-width)(function), values, args, kwargs)

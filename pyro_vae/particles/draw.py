@@ -52,5 +52,5 @@ def draw_particles(
         tensor([-1.2655, -2.2655])
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    with evaluation_mode():
+    with evaluation_mode(model, guide):
         return sampler.draw(check_num_particles(num_particles))

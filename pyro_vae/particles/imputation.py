@@ -68,13 +68,13 @@ def impute(
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    if sampler.layout.summed:
+    if sampler.pair.summed:
         raise ValueError(
-            f"impute: latent sites {sorted(sampler.layout.summed)} are summed out in the model, so that there is no "
+            f"impute: latent sites {sorted(sampler.pair.summed)} are summed out in the model, so that there is no "
             "draw of them to go with x. Try a guide that draws them."
         )
     pieces: dict[str, list[Tensor]] = {}
-    with torch.no_grad(), evaluation_mode():
+    with torch.no_grad(), evaluation_mode(model, guide):
         for rows in sampler.chunks(num_particles, together=num_particles)[0]:
             guide_trace, model_trace = sampler.traces(num_particles, rows)
             weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)

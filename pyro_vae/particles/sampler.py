@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import reduce
+from math import inf
 from typing import Any
 
 import pyro
@@ -32,10 +34,11 @@ from torch import Tensor
 from pyro_vae.pairs.checks import check_rows, check_support, ignores_missing
 from pyro_vae.pairs.enumeration import sum_product
 from pyro_vae.pairs.handlers import SetSubsample, StopAfter
-from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
-from pyro_vae.pairs.vectorized import PARTICLE_PLATE, check_vectorized
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
+from pyro_vae.pairs.validity import check_masks
+from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 from pyro_vae.particles.chunks import CHUNK_BYTES, _CountBytes
 from pyro_vae.particles.particles import Particles, _concatenate
 
@@ -46,7 +49,9 @@ class ParticleSampler:
     """A (model, guide) pair with its arguments, looked at once, to draw particles from again and again.
 
     Attributes:
+        pair: what is known of it.
         layout: of the pair.
+        rows: of the pair.
         num_points: N, the size of the data plate (of the whole data set, if the plate subsamples it).
     """
 
@@ -60,10 +65,11 @@ class ParticleSampler:
         plate: str | None = "data",
     ) -> None:
         self.model, self.guide = model, guide
-        self.layout = Layout(model, guide, args, kwargs or {}, plate)
-        self.num_points = self.layout.num_points
+        self.pair = Pair(model, guide, args, kwargs, plate=plate)
+        self.layout, self.rows = self.pair.layout, self.pair.rows
+        self.num_points = self.rows.num_points
         self._known_cells: int | None = None
-        self._check_vectorized()
+        self.pair.check_vectorized()
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -89,8 +95,8 @@ class ParticleSampler:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
         together = max(1, num_particles if together is None else min(together, num_particles))
         cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
-        rows = self.layout.fixed or self.num_points
-        if self.layout.length is not None:
+        rows = self.rows.fixed or self.num_points
+        if self.rows.separable:
             rows = min(rows, max(1, cells // together))
             rows = -(-self.num_points // -(-self.num_points // rows))  # passes of about the same size
         at_once = max(1, min(num_particles, cells // rows))
@@ -105,16 +111,24 @@ class ParticleSampler:
         return self._known_cells
 
     def _count_cells(self) -> int:
-        num_particles, rows = (1, None) if self.layout.length is None else (8, slice(0, 2))
-        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), _CountBytes() as counter:
+        num_particles, rows = (8, slice(0, 2)) if self.rows.separable else (1, None)
+        with (
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            evaluation_mode(self.model, self.guide),
+            _CountBytes() as counter,
+        ):
             log_weight = self.log_weight(num_particles, rows, check=False)
         return CHUNK_BYTES * log_weight.numel() // max(1, counter.total)
 
     def check(self) -> None:
         """Raises ValueError for data that are not finite or outside the support of their likelihood."""
-        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode():
+        with torch.random.fork_rng(), torch.no_grad(), self._evaluation_mode():
             for rows in self.chunks(1)[0]:
                 self.log_weight(1, rows, check=True)
+
+    def _evaluation_mode(self) -> Any:
+        return evaluation_mode(self.model, self.guide)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
@@ -123,23 +137,25 @@ class ParticleSampler:
 
         Discrete latents of the guide are drawn, also where they are marked for enumeration.
         """
-        if self.layout.fixed and rows is None:
+        if self.rows.fixed and rows is None:
             return _concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
         return self.weigh(*self.traces(num_particles, rows, check=check), num_particles, rows)
 
     def log_weight(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Tensor:
         """log w of new particles, (K, N), nats, with all discrete latents summed out that are marked for it."""
-        if not self.layout.enumerated:
+        if not self.pair.enumerated:
             return self.draw(num_particles, rows, check=check).log_weight
-        guide_trace = self.run(self.guide, num_particles, rows, enumerate_sites=self.layout.enumerated)
+        guide_trace = self.run(self.guide, num_particles, rows, enumerate_sites=self.pair.enumerated)
         model_trace = self._replay(guide_trace, num_particles, rows, check)
 
         def sign(trace: poutine.Trace, site: dict) -> int:
             if trace is model_trace:
                 return 1
-            return 0 if site["is_observed"] or site["name"] in self.layout.enumerated else -1
+            return 0 if site["is_observed"] or site["name"] in self.pair.enumerated else -1
 
-        return self._sum_product((guide_trace, model_trace), sign, num_particles, rows)
+        value = self._sum_product((guide_trace, model_trace), sign, num_particles, rows)
+        outside = self.outside(model_trace, rows)
+        return value if outside is None else value.masked_fill(outside, -inf)
 
     def traces(
         self, num_particles: int, rows: slice | None = None, *, check: bool = True
@@ -167,7 +183,7 @@ class ParticleSampler:
             replay: a trace of the last run, whose values this one takes, and whose enumerated dimensions it keeps.
         """
         layout = self.layout
-        args, kwargs = layout.cut(rows)
+        args, kwargs = self.rows.cut(rows)
         function = pyro.plate(PARTICLE_PLATE, num_particles, dim=-layout.width)(function)
         after = any("_enumerate_dim" in s["infer"] for s in sample_sites(replay).values()) if replay else False
         if enumerate_sites or after:
@@ -185,28 +201,22 @@ class ParticleSampler:
 
     def _subsample(self, rows: slice | None) -> Any:
         """Sets the rows of a plate that holds its data itself."""
-        layout = self.layout
-        return nullcontext() if layout.fixed is None else SetSubsample(layout.plate, layout.subsample(rows))
-
-    def _check_vectorized(self) -> None:
-        rows = None if self.layout.length is None else slice(0, 2)
-        args, kwargs = self.layout.cut(rows)
-        looks = self.layout.guide_trace, self.layout.model_trace
-        with self._subsample(rows):
-            check_vectorized((self.guide, self.model), args, kwargs, looks, self.layout.width)
+        plate, known = self.layout.plate, self.rows
+        return nullcontext() if known.fixed is None else SetSubsample({plate: known.subsample(rows)})
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0
-        options = {"enumerate_sites": self.layout.summed, "replay": guide_trace}
+        options = {"enumerate_sites": self.pair.summed, "replay": guide_trace}
         model_trace = self.run(self.model, num_particles, rows, **options)
         if check:
+            check_masks(guide_trace, model_trace)
             observed = {name: site for name, site in sample_sites(model_trace).items() if site["is_observed"]}
             incomplete = [site["value"] for site in observed.values() if ignores_missing(site)]
             check_rows(model_trace.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
             check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
             for name, site in observed.items():
                 check_support(name, site, start=start)
-            for name in self.layout.latents & guide_trace.nodes.keys():
+            for name in self.pair.latents & guide_trace.nodes.keys():
                 value = self.layout.align(guide_trace.nodes[name], rows)  # (K, N, …)
                 bad = value.isnan().transpose(0, 1).flatten(1).any(1)
                 if bad.any():
@@ -225,7 +235,7 @@ class ParticleSampler:
         """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
         sites = sample_sites(guide_trace).items()
         latents = {name: self.layout.align(site, rows) for name, site in sites if not site["is_observed"]}
-        prior, likelihood = self.log_prior_likelihood(model_trace, num_particles, rows, summed=self.layout.summed)
+        prior, likelihood = self.log_prior_likelihood(model_trace, num_particles, rows, summed=self.pair.summed)
         posterior = self.log_posterior(guide_trace, num_particles, rows)
         shape = torch.broadcast_shapes(prior.shape, likelihood.shape, posterior.shape)
         return Particles(latents, *(t.expand(shape) for t in (prior, likelihood, posterior)))
@@ -234,10 +244,26 @@ class ParticleSampler:
         self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str]
     ) -> tuple[Tensor, Tensor]:
         """log p(z) and log p(x|z) of a trace of the model in which the sites `summed` are enumerated, each (K, N)."""
-        if not summed:
-            return self._sum(trace, rows, observed=False), self._sum(trace, rows, observed=True)
-        prior = self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
-        return prior, self._sum_product((trace,), lambda *_: 1, num_particles, rows) - prior
+        if summed:
+            prior = self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+            likelihood = self._sum_product((trace,), lambda *_: 1, num_particles, rows) - prior
+        else:
+            prior, likelihood = (self._sum(trace, rows, observed=observed) for observed in (False, True))
+        outside = self.outside(trace, rows)
+        if outside is None:
+            return prior, likelihood
+        impossible = outside & ~torch.isfinite(likelihood)
+        return prior.masked_fill(outside, -inf), torch.where(impossible, -inf, likelihood)
+
+    def outside(self, trace: poutine.Trace, rows: slice | None) -> Tensor | None:
+        """Which particles have a latent outside of its distribution's support in a trace, (K, N); None: none can be."""
+        found = []
+        for name, site in sample_sites(trace).items():
+            drawn = not site["is_observed"] and name not in self.pair.summed | self.pair.enumerated
+            outside = outside_support(site) if drawn else None
+            if outside is not None:
+                found.append(self.layout.sum_to_points(name, outside.to(torch.int), rows) > 0)
+        return reduce(torch.logical_or, found) if found else None
 
     def log_posterior(
         self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str] = frozenset()
@@ -260,7 +286,7 @@ class ParticleSampler:
     def _sum_product(self, traces: Any, sign: Callable, num_particles: int, rows: slice | None) -> Tensor:
         keep = {PARTICLE_PLATE: num_particles}
         if self.layout.plate is not None:
-            size = self.num_points if rows is None or self.layout.length is None else rows.stop - rows.start
-            keep[self.layout.plate] = self.layout.fixed or size
+            size = rows.stop - rows.start if rows is not None and self.rows.separable else self.num_points
+            keep[self.layout.plate] = self.rows.fixed or size
         value = sum_product(traces, sign, keep)
-        return self.layout.select(value if self.layout.plate is not None else value.unsqueeze(1), rows)
+        return self.rows.select(value if self.layout.plate is not None else value.unsqueeze(1), rows)

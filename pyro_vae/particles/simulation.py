@@ -61,10 +61,10 @@ def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "
         0.1
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    with torch.no_grad(), evaluation_mode():
+    with torch.no_grad(), evaluation_mode(model, guide):
         observed = {n: s for n, s in sample_sites(sampler.traces(1)[1]).items() if s["is_observed"]}
         drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))
-    latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.layout.latents}
+    latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.pair.latents}
     inputs = {i: a for i, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
     replaced = {}
     for name, site in observed.items():

@@ -1,0 +1,164 @@
+"""`Pair`: what a model and its guide are, found by looking at them once, quietly.
+
+Everything here that takes a (model, guide) pair asks this one description of it: which sites there are and in which
+roles, which plate holds the data points, which arguments have a row for each of them, which parameters and modules take
+part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from pyro_vae.pairs.checks import check_latents, check_sites
+from pyro_vae.pairs.layout import Layout
+from pyro_vae.pairs.look import Look, look
+from pyro_vae.pairs.parameters import Participants, participants
+from pyro_vae.pairs.rows import WINDOW, Rows, find_rows
+from pyro_vae.pairs.sites import enumerates, find_sites, plate_frames, sample_sites
+from pyro_vae.pairs.vectorized import check_vectorized
+
+__all__ = ["Pair"]
+
+
+class Pair:
+    """A model and its guide with their arguments, looked at once.
+
+    A look runs both, on a few rows where these can be told apart, without gradients, in evaluation mode, and changes
+    neither random states nor modes, objects, Pyro's parameter store or its validation setting. Only a guide that sets
+    itself up on its first run (an autoguide, `pyro.param` with an initial value of the data's size) is set up, by a run
+    on all rows, exactly as the first step of `pyro.infer.SVI` on these arguments would set it up.
+
+    Args:
+        model: a Pyro model.
+        guide: its guide.
+        args: what both are called with.
+        kwargs: what both are called with.
+        plate: name of the plate of data points; None takes all data as one point, N = 1.
+        cut: whether the arguments may be cut into rows; False looks at all of them at once, as at a mini-batch.
+
+    Attributes:
+        model, guide, args, kwargs, plate: as given.
+        look: traces of guide and model.
+        sites: {name: `Site`}.
+        rows: how to run on some of the rows.
+        layout: where data points are among a tensor's dimensions.
+        latents: names of the latent sites of the model.
+        summed: those of them that the guide lacks, and that are marked for enumeration: they are summed out.
+        enumerated: those of them that the guide has and that are marked for enumeration.
+
+    Raises:
+        TypeError: something that cannot be called.
+        ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
+            subsamples where `plate` is None.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> pair = Pair(model, guide, (torch.zeros(10),))
+        >>> pair.sites["z"].role, pair.sites["x"].role, pair.rows.num_points
+        ('latent', 'observed', 10)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        plate: str | None = "data",
+        cut: bool = True,
+    ) -> None:
+        for role, function in (("model", model), ("guide", guide)):
+            if not callable(function) or isinstance(function, Tensor):
+                raise TypeError(
+                    f"{role}: expected a function, got {type(function).__name__}. Try tool(model, guide, x), with "
+                    "vae.model and vae.guide of a VAE."
+                )
+        self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, dict(kwargs or {}), plate
+        self.look, self.rows = self._find(cut)
+        check_sites(self.look, plate)
+        self.layout = Layout(self.look, plate, self.rows)
+        self.sites = find_sites(self.look.guide, self.look.model)
+        drawn, own = (
+            {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
+            for trace in self.look[:2]
+        )
+        self.latents = set(own)
+        self.summed = {name for name in own.keys() - drawn.keys() if enumerates(own[name])}
+        self.enumerated = {name for name in own.keys() & drawn.keys() if enumerates(drawn[name])}
+        check_latents(drawn, own.keys() - self.summed)
+
+    @cached_property
+    def participants(self) -> Participants:
+        """Parameters and modules that take part in the log-probabilities of model and guide."""
+        return participants(self.model, self.guide, self.args, self.kwargs)
+
+    @property
+    def full_size(self) -> int | None:
+        """The size of a data plate that scales its rows up to more of them; None: it follows the rows it is given."""
+        frames = {f for f in plate_frames(*self.look[:2]) if f.name == self.plate}
+        sizes = {f.full_size for f in frames if f.full_size > 0}
+        rows = next((len(a) for a in self.args if isinstance(a, Tensor) and a.dim()), None)
+        return None if not sizes or sizes == {rows} else max(sizes)
+
+    def check_vectorized(self) -> None:
+        """Raises ValueError if many particles at once do not give what each of them gives alone."""
+        args, kwargs = self.rows.cut(slice(0, WINDOW))
+        subsamples = self.look.subsamples()  # the same in all runs: others would make a difference of their own
+        check_vectorized((self.guide, self.model), args, kwargs, self.look[:2], self.layout.width, subsamples)
+
+    # -- the look -----------------------------------------------------------------------------------------------------
+
+    def _find(self, cut: bool) -> tuple[Look, Rows]:
+        def run(args: tuple, kwargs: Mapping[str, Any], **options: Any) -> Look:
+            found = look(self.model, self.guide, args, kwargs, **options)
+            self._set_up |= found.set_up
+            return found
+
+        self._set_up = False
+        for _ in range(2):
+            found = find_rows(run, self.args, self.kwargs, self.plate) if cut and self.plate is not None else None
+            if not self._set_up:
+                break
+            # as its first call sets it up; what is made for all rows may not be run on a few of them
+            look(self.model, self.guide, self.args, self.kwargs, keep=True)
+            self._set_up = False
+        if found is not None:
+            first, keys = found
+            length = next(len(a) for key, a in [*enumerate(self.args), *self.kwargs.items()] if key in keys)
+            return first, Rows(self.args, self.kwargs, length, keys, None)
+        whole = run(self.args, self.kwargs)
+        if self._set_up:
+            whole = look(self.model, self.guide, self.args, self.kwargs, keep=True)
+        return whole, self._all_rows(whole)
+
+    def _all_rows(self, whole: Look) -> Rows:
+        """Rows that have to pass together; only a plate that subsamples by itself can be told which ones to take."""
+        if self.plate is None:
+            return Rows(self.args, self.kwargs, 1, frozenset(), None)
+        frame = whole.frame(self.plate)
+        if frame is None:
+            plates = {f.name: f.size for f in plate_frames(*whole[:2])}
+            found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
+            advice = "plate=… with one of these names" if found else f"with pyro.plate({self.plate!r}, len(x))"
+            raise ValueError(
+                f"no plate {self.plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
+                f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
+                "evidence of all data."
+            )
+        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
+        lengths = {len(a) for a in tensors}
+        if frame.size < frame.full_size and not (frame.size in lengths and frame.full_size not in lengths):
+            return Rows(self.args, self.kwargs, frame.full_size, frozenset(), frame.size)
+        return Rows(self.args, self.kwargs, whole.size(self.plate) or 1, frozenset(), None)

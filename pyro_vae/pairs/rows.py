@@ -1,0 +1,180 @@
+"""Rows: how to run a pair on some of its data points, and which of its arguments have a row for each of them.
+
+An argument may be as long as the data by chance: the eight means of a mixture, beside eight data points. What it is
+shows when the pair runs: with the same latents, the log-probabilities of some rows must be the same whether all
+arguments are cut to these rows, or to a few more. An argument for which they are not is left whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.pairs.look import Look
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
+
+__all__ = ["WINDOW", "Rows", "find_rows"]
+
+WINDOW = 4  # rows of a probe, of which the middle ones are looked at again alone
+MIDDLE = slice(1, 3)
+MOST_TRIED = 6  # arguments of one length, of which all subsets are tried; of more only those that leave one out
+TOLERANCE = 1e-4  # of log-probabilities, absolute and relative
+
+Key = int | str  # of an argument: its position, or its name
+
+
+class Rows:
+    """How a pair runs on some of the rows of its arguments.
+
+    Args:
+        args: of the pair.
+        kwargs: of the pair.
+        num_points: N, the size of the data plate (of the whole data set, if the plate subsamples it).
+        cut_keys: positions and names of the arguments that have a row for each data point.
+        fixed: rows of every pass, where the plate subsamples data that the pair holds itself.
+    """
+
+    def __init__(
+        self, args: tuple, kwargs: Mapping[str, Any], num_points: int, cut_keys: frozenset[Key], fixed: int | None
+    ) -> None:
+        self.args, self.kwargs = args, dict(kwargs)
+        self.num_points, self.cut_keys, self.fixed = num_points, cut_keys, fixed
+        self._standing_in: tuple[tuple, dict] | None = None
+
+    @property
+    def separable(self) -> bool:
+        """Whether the pair can run on some of its rows by cutting arguments."""
+        return bool(self.cut_keys)
+
+    @contextmanager
+    def using(self, args: tuple, kwargs: dict) -> Iterator[None]:
+        """Uses these in place of the arguments, whatever rows are asked for."""
+        self._standing_in = args, kwargs
+        try:
+            yield
+        finally:
+            self._standing_in = None
+
+    def cut(self, rows: slice | None) -> tuple[tuple, dict]:
+        """The arguments for some rows (None: all)."""
+        if self._standing_in is not None:
+            return self._standing_in
+        if rows is None or not self.separable:
+            return self.args, self.kwargs
+        return _cut(self.args, self.kwargs, self.cut_keys, rows)
+
+    def subsample(self, rows: slice | None) -> Tensor:
+        """Indices for a plate of fixed size, which end with `rows` or start the data."""
+        assert self.fixed is not None
+        stop = max(self.fixed, self.num_points if rows is None else rows.stop)
+        return torch.arange(stop - self.fixed, stop)
+
+    def select(self, value: Tensor, rows: slice | None) -> Tensor:
+        """The part of (K, N', …) that belongs to `rows`: a plate of fixed size gives more than was asked for."""
+        return value if self.fixed is None or rows is None else value[:, -(rows.stop - rows.start) :]
+
+
+def find_rows(
+    run: Callable[..., Look], args: tuple, kwargs: Mapping[str, Any], plate: str
+) -> tuple[Look, frozenset[Key]] | None:
+    """Finds the arguments that have rows, by running the pair on a few of them.
+
+    Args:
+        run: (args, kwargs, values=…) -> `Look`.
+        args: of the pair.
+        kwargs: of the pair.
+        plate: name of the plate of data points.
+
+    Returns:
+        A look at a few rows, and the positions and names of the arguments that were cut for it; None where no
+        arguments can be cut, and all rows have to pass together.
+    """
+    arguments = [*enumerate(args), *kwargs.items()]
+    lengths = {key: len(a) for key, a in arguments if isinstance(a, Tensor) and a.dim() and len(a) >= WINDOW}
+    for length in dict.fromkeys(lengths.values()):
+        keys = [key for key, n in lengths.items() if n == length]
+        starts = dict.fromkeys((0, length - WINDOW))
+        for subset in _subsets(keys):
+            looks = [_probe(run, args, kwargs, subset, start, plate) for start in starts]
+            if all(looks):
+                return looks[0], subset
+    return None
+
+
+def _subsets(keys: list[Key]) -> Iterator[frozenset[Key]]:
+    """Subsets that are not empty, the largest first."""
+    sizes = range(len(keys), 0, -1) if len(keys) <= MOST_TRIED else [len(keys), len(keys) - 1]
+    for size in sizes:
+        yield from map(frozenset, combinations(keys, size))
+
+
+def _probe(
+    run: Callable[..., Look], args: tuple, kwargs: Mapping[str, Any], keys: frozenset[Key], start: int, plate: str
+) -> Look | None:
+    """A look at a window of rows, if the rows in its middle have the same log-probabilities alone."""
+    middle = slice(start + MIDDLE.start, start + MIDDLE.stop)
+    try:
+        window = run(*_cut(args, kwargs, keys, slice(start, start + WINDOW)))
+        if window.size(plate) != WINDOW:
+            return None
+        values = {n: _middle(s, s["value"], plate, len(s["fn"].event_shape)) for n, s in _latents(window).items()}
+        alone = run(*_cut(args, kwargs, keys, middle), values=values)
+    except Exception:  # not these arguments; if the pair itself is at fault, the run on all rows says so
+        return None
+    if alone.size(plate) != MIDDLE.stop - MIDDLE.start:
+        return None
+    agree = all(_agree(*traces, plate) for traces in zip(window[:2], alone[:2], strict=True))
+    return window if agree else None
+
+
+def _latents(look: Look) -> dict[str, dict]:
+    """Sites with a value to be set: not points, which follow from the others."""
+    sites = sample_sites(look.model) | sample_sites(look.guide)
+    return {n: s for n, s in sites.items() if not s["is_observed"] and not isinstance(_base(s["fn"]), dist.Delta)}
+
+
+def _agree(window: Any, alone: Any, plate: str) -> bool:
+    others = sample_sites(alone)
+    for name, site in sample_sites(window).items():
+        if name not in others:
+            return False
+        if isinstance(_base(site["fn"]), dist.Delta):
+            continue
+        try:
+            first, second = site_log_prob(site), site_log_prob(others[name])
+        except Exception:  # flows that cannot be inverted
+            continue
+        first = _middle(site, first, plate, 0)
+        try:
+            first, second = torch.broadcast_tensors(first, second)
+        except RuntimeError:
+            return False
+        if not torch.allclose(first, second, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+            return False
+    return True
+
+
+def _middle(site: dict, value: Tensor, plate: str, event_dim: int) -> Tensor:
+    """The rows in the middle of a window, of a site's value or log-probability."""
+    for frame in site["cond_indep_stack"]:
+        axis = value.dim() - event_dim + frame.dim if frame.dim is not None else -1
+        if frame.name == plate and axis >= 0 and value.shape[axis] == WINDOW:
+            return value.narrow(axis, MIDDLE.start, MIDDLE.stop - MIDDLE.start)
+    return value
+
+
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _cut(args: tuple, kwargs: Mapping[str, Any], keys: frozenset[Key], rows: slice) -> tuple[tuple, dict]:
+    cut = tuple(a[rows] if i in keys else a for i, a in enumerate(args))
+    return cut, {name: a[rows] if name in keys else a for name, a in kwargs.items()}

@@ -1,0 +1,96 @@
+"""Where a prior has mass: its support as the estimators take it, and draws outside of it.
+
+A draw of a guide outside the support of the prior has p(z) = 0 and so the weight zero, whatever `log_prob` makes of it
+when it is not asked to validate: a number (Exponential, Weibull), or NaN (Gamma, Beta, LogNormal).
+"""
+
+from __future__ import annotations
+
+from math import pi
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Independent, MixtureSameFamily, biject_to
+
+__all__ = ["bijection", "inside_support", "support_of"]
+
+CIRCULAR = (torch.distributions.VonMises, dist.SineBivariateVonMises)
+# sums and norms of rounded numbers are not exactly one; torch allows 1e-6, which a float32 softmax may miss
+TOLERANCE = 1e-3
+
+
+def support_of(fn: Any) -> Any:
+    """The support of a distribution; None where it does not say.
+
+    Angles are in [−π, π], where Pyro draws them, and not on the real line that torch declares, on which a periodic
+    density is not normalised. A mixture has the support of its components where all of them have the same.
+    """
+    if isinstance(fn, Independent):
+        base = support_of(fn.base_dist)
+        return None if base is None else constraints.independent(base, fn.reinterpreted_batch_ndims)
+    if isinstance(fn, (dist.MaskedDistribution, dist.SineSkewed)):
+        return support_of(fn.base_dist)
+    if isinstance(fn, CIRCULAR):
+        angles = constraints.interval(-pi, pi)
+        return constraints.independent(angles, 1) if len(fn.event_shape) else angles
+    if isinstance(fn, MixtureSameFamily):
+        support = support_of(fn.component_distribution)
+        if support is not None and not any(isinstance(bound, Tensor) for bound in _bounds(support)):
+            return support
+    try:
+        return fn.support
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def inside_support(fn: Any, value: Tensor) -> Tensor | None:
+    """Whether values lie in the support, over batch dimensions; None where that is everywhere, or not known."""
+    support = support_of(fn)
+    if support is None:
+        return None
+    base, dims = support, 0
+    while isinstance(base, constraints.independent):
+        base, dims = base.base_constraint, dims + base.reinterpreted_batch_ndims
+    if base is constraints.real or base is constraints.real_vector:
+        return None
+    if base is constraints.simplex:
+        inside = (value >= 0).all(-1) & ((value.sum(-1) - 1).abs() < TOLERANCE)
+    elif base is constraints.sphere:
+        inside = (value.norm(dim=-1) - 1).abs() < TOLERANCE
+    elif base is constraints.corr_cholesky:
+        lower = (value.tril() == value).flatten(-2).all(-1) & (value.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        inside = lower & ((value.norm(dim=-1) - 1).abs() < TOLERANCE).all(-1)
+    else:
+        try:
+            inside = base.check(value)
+        except NotImplementedError:
+            return None
+    return inside.flatten(inside.dim() - dims).all(-1) if dims else inside
+
+
+def bijection(name: str, fn: Any) -> Any:
+    """A bijection from R^d to the support of the site's distribution.
+
+    Raises:
+        ValueError: there is none: a sphere, or a distribution that does not say what its support is.
+    """
+    support = support_of(fn)
+    try:
+        if support is None:
+            raise NotImplementedError("it does not say what its support is")
+        return biject_to(support)
+    except NotImplementedError as error:
+        reason = str(error).strip() or f"no bijection is known from real numbers to {support}"
+        raise ValueError(
+            f"site {name!r}: {type(fn).__name__} cannot be mapped to unconstrained coordinates ({reason}); fitted "
+            "Gaussians and annealing need them. Try importance_sampling with its defaults, which needs none."
+        ) from error
+
+
+def _bounds(support: Any) -> list[Any]:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return list(vars(support).values())
