@@ -132,17 +132,19 @@ def ours_step(network: str, batch: int, covariance: str) -> Run:
     from pyro.infer import Trace_ELBO
 
     from pyro_vae.compiled.elbo import CompiledELBO
+    from pyro_vae.pairs.pair import Pair
     from pyro_vae.training.data import Batches
-    from pyro_vae.training.parameters import Pair
+    from pyro_vae.training.parameters import Weights
     from pyro_vae.training.steps import Steps
 
     vae = peers.ours(network, covariance)
     batches = Batches(peers.images(network, batch), batch)
     one = next(iter(batches))
-    pair = Pair(vae.model, vae.guide, "data")
-    pair.look(one)
-    optimizer = torch.optim.Adam(pair.parameters, lr=1e-3, fused=True)  # as in `fit`
-    steps = Steps(pair, batches, Trace_ELBO(), optimizer, None, CompiledELBO())
+    pair = Pair(vae.model, vae.guide, one.inputs, cut=False)
+    weights = Weights(*pair.participants)
+    optimizer = torch.optim.Adam(weights.parameters, lr=1e-3, fused=True)  # as in `fit`
+    steps = Steps(pair, weights, batches, Trace_ELBO(), optimizer, None, CompiledELBO())
+    steps.begin_epoch()
 
     def run(n: int) -> None:
         for _ in range(n):

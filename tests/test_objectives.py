@@ -224,7 +224,9 @@ def test_errors():
         elbo.loss(outside, outside_guide, x)
     with pytest.raises(ValueError, match=r"site 'z' of the model is scaled by 0.5, site 'x' of the model by 1.0.*Try"):
         elbo.loss(scaled, guide, x)
-    with pytest.raises(ValueError, match=r"latent sites \['m'\] are in the model alone"):
+    with pytest.raises(ValueError, match=r"site 'm' of the model is outside plate 'data'"):
         elbo.loss(outside, lambda x: None, x)
+    with pytest.raises(ValueError, match=r"different latent sites: \['z'\] only in the model"):
+        elbo.loss(scaled, lambda x: None, x)
     with pytest.raises(ValueError, match="num_particles: expected at least 1, got 0"):
         ImportanceWeightedELBO(0)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, linear_vae_log_evidence, small_vae
 
-from pyro_vae import FitResult, fit
+from pyro_vae import BetaELBO, FitResult, fit
 
 
 def weights(module):
@@ -294,12 +294,9 @@ def test_a_device_that_is_not_there(monkeypatch):
 
 
 def test_an_objective_with_a_capacity_is_no_bound():
-    class Capacity(TraceMeanField_ELBO):
-        capacity = 3.0
-
     vae = linear_vae(2, 4)
     with pytest.warns(UserWarning, match="fit ended at beta = 1 and a capacity: its losses are no bound"):
-        fit(vae.model, vae.guide, torch.randn(5, 4), num_epochs=1, loss=Capacity())
+        fit(vae.model, vae.guide, torch.randn(5, 4), num_epochs=1, loss=BetaELBO(1.0, capacity=3.0))
 
 
 def test_a_result_is_short_in_print():

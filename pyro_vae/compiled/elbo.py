@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.recording import Graph, Untraceable, record_gradients
 from pyro_vae.compiled.watch import Watch
+from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
 
 __all__ = ["CompiledELBO", "LossAndGradients"]
@@ -65,7 +66,7 @@ class _Plan:
         self.properties = self._properties()
 
     def holds(self) -> bool:
-        params = pyro.get_param_store()._params
+        params = dict(pyro.get_param_store().named_parameters())
         return (
             all(params.get(name) is t for name, t in self.stored.items())
             and self._properties() == self.properties
@@ -152,8 +153,9 @@ class CompiledELBO(ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss; adds its gradients to the parameters'. Passes the parameters by, as `pyro.infer.SVI` expects."""
-        if hasattr(self.elbo, "set_step"):  # a schedule moves between recordings, not in them
-            self.elbo.set_step(next(self._steps))
+        schedule = annealed(self.elbo)
+        if schedule is not None:  # it moves between recordings, not in them
+            schedule.set_step(next(self._steps))
         found = self._replay(model, guide, args, kwargs)
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
@@ -262,7 +264,7 @@ class CompiledELBO(ELBO):
             rest = {True: iter(inputs), False: iter(call.static)}
             args, kwargs = pytree.tree_unflatten([next(rest[p]) for p in positions], spec)
             with poutine.trace(param_only=True) as seen:
-                if hasattr(self.elbo, "differentiable_loss"):
+                if has_differentiable_loss(self.elbo):
                     # loss_and_grads leaves parameters alone that are not in Pyro's store, those of plain modules
                     loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
                     if isinstance(loss, Tensor) and loss.requires_grad:
@@ -281,7 +283,7 @@ class CompiledELBO(ELBO):
         except Untraceable as error:
             set_random_state(state)
             return self._refuse(key, str(error))
-        if not gradients and not stored and not hasattr(self.elbo, "differentiable_loss"):
+        if not gradients and not stored and not has_differentiable_loss(self.elbo):
             set_random_state(state)
             return self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
         if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there

@@ -11,7 +11,6 @@ The backward pass is recorded along, as gradients of the leaves that it reaches.
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,11 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.codegen import generate
+from pyro_vae.pairs.modes import recording
+from pyro_vae.pairs.parameters import graph_leaves
 
 __all__ = ["Graph", "Untraceable", "record", "record_gradients"]
 
 # Pyro turns losses into floats to report them, and asks whether they are NaN, to warn
-READS_LOSSES = ("pyro.infer.", "pyro.distributions.util", "pyro_vae.objectives")
+READS_LOSSES = ("pyro.infer.", "pyro.distributions.util")
 ASKS_FOR_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")
 READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
@@ -119,7 +120,7 @@ def _record(
 
     num_results = 0
     try:
-        with pyro.validation_enabled(False):
+        with recording(), pyro.validation_enabled(False):
             module = make_fx(recorded)(*inputs)
     except Exception as error:
         raise Untraceable(_place(error)) from error
@@ -189,7 +190,7 @@ class _Handler(TorchFunctionMode):
     def _backward(
         self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
     ) -> None:
-        leaves = [leaf for leaf in _leaves(loss) if id(leaf) not in self._made]
+        leaves = [leaf for leaf in graph_leaves(loss) if id(leaf) not in self._made]
         if not leaves:
             return
         if self.weight is not None and gradient is None:
@@ -200,20 +201,6 @@ class _Handler(TorchFunctionMode):
                 self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that `loss.backward()` would give a gradient to."""
-    leaves, seen, left = [], set(), [loss.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        left.extend(n for n, _ in reversed(node.next_functions))
-    return leaves
-
-
 def _caller() -> str:
     """Name of the module whose code called the torch function that is being handled."""
     return sys._getframe(2).f_globals.get("__name__", "")
@@ -221,11 +208,11 @@ def _caller() -> str:
 
 def _place(error: BaseException) -> str:
     """The last line of a user's code on the way to an error, or the last of all."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    libraries = [
-        os.path.dirname(file) + os.sep for file in (torch.__file__, sys.modules["pyro_vae"].__file__, pyro.__file__)
-    ]
-    outside = [[f for f in frames if not f.filename.startswith(tuple(libraries[:n]))] for n in (3, 2, 1, 0)]
+    steps = zip(traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True)
+    frames = [(frame.f_globals.get("__name__", ""), line) for (frame, _), line in steps]
+    frames = [(module.partition(".")[0], line) for module, line in frames if not line.filename.startswith("<")]
+    libraries = ["torch", __name__.partition(".")[0], "pyro"]
+    outside = [[line for package, line in frames if package not in libraries[:n]] for n in (3, 2, 1, 0)]
     where = next(found for found in outside if found)[-1]
     if "value out of a tracing tensor" in str(error):
         return f"{where.filename}:{where.lineno}: {where.line} (a value is read here)"

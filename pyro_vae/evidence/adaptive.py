@@ -23,7 +23,7 @@ from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
-from pyro_vae.particles.chunks import check_num_particles
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["FIRST_DRAWS", "adaptive_importance_sampling", "fit_gaussians"]

@@ -29,7 +29,7 @@ from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
 from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
-from pyro_vae.particles.chunks import check_num_particles
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["annealed_importance_sampling"]

@@ -21,8 +21,8 @@ from pyro_vae.evidence.compiled import CompiledLogWeight, compiled_log_weight
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import StopAfter, unobserved
-from pyro_vae.particles.chunks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["PASSES", "importance_sampling", "prior_sampling"]

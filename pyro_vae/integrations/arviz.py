@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.integrations.arviz_groups import Dims, _batch_dims, _Chunk, _Groups
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
-from pyro_vae.particles.chunks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 

@@ -38,7 +38,8 @@ class BetaELBO(TraceMeanField_ELBO):
     Args:
         beta: β ≥ 0; a number, or a function of the step (0 for the first one), such as `linear(…)`.
         capacity: C, nats per data point; a number, or a function of the step; default: none.
-        plate: name of the plate of data points, over which the capacity is a mean. The pair's scale is its too.
+        plate: name of the plate of data points, over which the capacity is a mean. Its scale is that of the
+            loss.
         num_particles: S ≥ 1 draws for E_q.
 
     Raises:
@@ -100,6 +101,12 @@ class BetaELBO(TraceMeanField_ELBO):
         `pyro.infer.SVI` calls, counts its own calls."""
         self._driven = True
         self._set(step)
+
+    def not_a_bound(self) -> str | None:
+        """Why L(β, C) of the last step is no bound: β other than one, or a capacity."""
+        if self.beta == 1.0 and self.capacity is None:
+            return None
+        return f"beta = {self.beta:.4g}{'' if self.capacity is None else ' and a capacity'}"
 
     def _set(self, step: int) -> None:
         for name, schedule in self._schedules.items():

@@ -62,11 +62,9 @@ class DenoisingELBO(ELBO):
         """−bound, nats; adds its gradient to the parameters'."""
         return self.elbo.loss_and_grads(model, self._corrupted(guide), *args, **kwargs)
 
-    @property
-    def differentiable_loss(self) -> Callable[..., Tensor]:
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """−bound, nats, a tensor whose gradient is that of the estimator; where the ELBO has one."""
-        loss = self.elbo.differentiable_loss
-        return lambda model, guide, *args, **kwargs: loss(model, self._corrupted(guide), *args, **kwargs)
+        return self.elbo.differentiable_loss(model, self._corrupted(guide), *args, **kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return self.elbo._get_trace(model, self._corrupted(guide), args, kwargs)

@@ -22,12 +22,12 @@ from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.modes import is_recording
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
-from pyro_vae.particles.chunks import check_num_particles
 
 __all__ = ["ImportanceWeightedELBO"]
 
@@ -133,7 +133,7 @@ class ImportanceWeightedELBO(ELBO):
                 f"latent sites {sorted(pair.summed)} are in the model alone. Expected each latent of the model in the "
                 "guide, under the same name: nothing is summed out here."
             )
-        if get_proxy_mode() is None:  # not in a recording, which compares no values
+        if not is_recording():  # which compares no values
             pair.check_vectorized()
         return pair
 

@@ -73,6 +73,20 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     )
 
 
+def check_plate(look: Look, plate: str | None) -> None:
+    """Raises ValueError where there is no plate of this name."""
+    if plate is None or look.frame(plate) is not None:
+        return
+    plates = {f.name: f.size for f in plate_frames(*look[:2])}
+    found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
+    advice = "plate=… with one of these names" if found else f"with pyro.plate({plate!r}, len(x))"
+    raise ValueError(
+        f"no plate {plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
+        f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
+        "evidence of all data."
+    )
+
+
 def check_sites(look: Look, plate: str | None) -> None:
     """Raises ValueError for sites outside of the data plate, and for subsamples where all data are one point."""
     for where, trace in (("guide", look.guide), ("model", look.model)):
@@ -109,3 +123,11 @@ def check_latents(drawn: dict[str, dict], latents: Collection[str]) -> None:
             "the same name, or marked by pyro.infer.config_enumerate(model) to be summed out. Try "
             "pyro.render_model on both to see them."
         )
+
+
+def check_num_particles(num_particles: int, name: str = "num_particles") -> int:
+    if not num_particles >= 1:
+        raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
+    if num_particles != int(num_particles):
+        raise ValueError(f"{name}: expected a whole number, got {num_particles}.")
+    return int(num_particles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.pairs.handlers import SetSubsample, SetValues
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
-from pyro_vae.pairs.sites import plate_frames, sample_sites
+from pyro_vae.pairs.sites import plate_frames, sample_sites, site_log_prob
 from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["Look", "look"]
@@ -26,11 +27,13 @@ class Look(NamedTuple):
         guide: trace of the guide.
         model: trace of the model.
         set_up: whether the run set something up, as first runs do.
+        log_probs: {site: log-probability} of both, where it can be evaluated.
     """
 
     guide: poutine.Trace
     model: poutine.Trace
     set_up: bool
+    log_probs: tuple[dict[str, Tensor], dict[str, Tensor]]
 
     def frame(self, plate: str | None) -> Any:
         """The plate of this name as one of its sites saw it, or None."""
@@ -88,4 +91,13 @@ def look(
         guide_trace = poutine.trace(drawn(given(guide))).get_trace(*args, **kwargs)
         replayed = poutine.replay(drawn(given(model)), guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-    return Look(guide_trace, model_trace, state.set_up)
+        log_probs = _log_probs(guide_trace), _log_probs(model_trace)  # here, as they may run modules too
+    return Look(guide_trace, model_trace, state.set_up, log_probs)
+
+
+def _log_probs(trace: poutine.Trace) -> dict[str, Tensor]:
+    found = {}
+    for name, site in sample_sites(trace).items():
+        with suppress(Exception):  # a flow without an inverse; wrong shapes, which the tools speak about
+            found[name] = site_log_prob(site)
+    return found

@@ -1,10 +1,11 @@
-"""Running modules in evaluation mode, and keeping the state of the random generators."""
+"""How a pair runs: modules in evaluation mode, random generators that are put back, under a recording or not."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_owners", "evaluation_mode", "fork_random_state", "owners", "random_state", "set_random_state"]
+__all__ = [
+    "all_owners",
+    "evaluation_mode",
+    "fork_random_state",
+    "is_recording",
+    "owners",
+    "random_state",
+    "recording",
+    "set_random_state",
+]
+
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
 
 
 def owners(*functions: Any) -> list[nn.Module]:
@@ -83,3 +95,18 @@ def fork_random_state() -> Iterator[None]:
         set_random_state(ours)
         np.random.set_state(numpy)
         random.setstate(python)
+
+
+def is_recording() -> bool:
+    """Whether the run is being recorded as a graph, in this thread: values may not be read then."""
+    return _recording.get()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Marks what runs inside as recorded."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_latents, check_sites
+from pyro_vae.pairs.checks import check_latents, check_plate, check_sites
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
@@ -45,15 +46,12 @@ class Pair:
         look: traces of guide and model.
         sites: {name: `Site`}.
         rows: how to run on some of the rows.
-        layout: where data points are among a tensor's dimensions.
         latents: names of the latent sites of the model.
         summed: those of them that the guide lacks, and that are marked for enumeration: they are summed out.
         enumerated: those of them that the guide has and that are marked for enumeration.
 
     Raises:
         TypeError: something that cannot be called.
-        ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
-            subsamples where `plate` is None.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -87,17 +85,29 @@ class Pair:
                 )
         self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, dict(kwargs or {}), plate
         self.look, self.rows = self._find(cut)
-        check_sites(self.look, plate)
-        self.layout = Layout(self.look, plate, self.rows)
         self.sites = find_sites(self.look.guide, self.look.model)
-        drawn, own = (
-            {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
-            for trace in self.look[:2]
-        )
+        drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
         self.summed = {name for name in own.keys() - drawn.keys() if enumerates(own[name])}
         self.enumerated = {name for name in own.keys() & drawn.keys() if enumerates(drawn[name])}
-        check_latents(drawn, own.keys() - self.summed)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where data points are among a tensor's dimensions, of a pair whose draws can be weighed for each of them.
+
+        Raises:
+            ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
+                subsamples where `plate` is None.
+        """
+        check_plate(self.look, self.plate)
+        check_sites(self.look, self.plate)
+        layout = Layout(self.look, self.plate, self.rows)
+        check_latents(self._latents(self.look.guide), self.latents - self.summed)
+        return layout
+
+    @staticmethod
+    def _latents(trace: poutine.Trace) -> dict[str, dict]:
+        return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
 
     @cached_property
     def participants(self) -> Participants:
@@ -149,14 +159,7 @@ class Pair:
             return Rows(self.args, self.kwargs, 1, frozenset(), None)
         frame = whole.frame(self.plate)
         if frame is None:
-            plates = {f.name: f.size for f in plate_frames(*whole[:2])}
-            found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
-            advice = "plate=… with one of these names" if found else f"with pyro.plate({self.plate!r}, len(x))"
-            raise ValueError(
-                f"no plate {self.plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
-                f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
-                "evidence of all data."
-            )
+            return Rows(self.args, self.kwargs, 1, frozenset(), None)
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
         lengths = {len(a) for a in tensors}
         if frame.size < frame.full_size and not (frame.size in lengths and frame.full_size not in lengths):

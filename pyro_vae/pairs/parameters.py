@@ -7,6 +7,7 @@ is kept: in an `nn.ParameterList`, in a child whose weight is used without the c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -97,10 +98,8 @@ def graph_leaves(*tensors: Tensor) -> list[Tensor]:
 def _log_probs(trace: poutine.Trace) -> list[Tensor]:
     found = []
     for site in sample_sites(trace).values():
-        try:
+        with suppress(NotImplementedError):  # a flow without an inverse; its modules were called
             found.append(site_log_prob(site))
-        except NotImplementedError:  # a flow without an inverse scores its own draws only; its modules were called
-            continue
     return found
 
 

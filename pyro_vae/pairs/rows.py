@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.pairs.look import Look
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.sites import sample_sites
 
 __all__ = ["WINDOW", "Rows", "find_rows"]
 
@@ -129,7 +129,7 @@ def _probe(
         return None
     if alone.size(plate) != MIDDLE.stop - MIDDLE.start:
         return None
-    agree = all(_agree(*traces, plate) for traces in zip(window[:2], alone[:2], strict=True))
+    agree = all(_agree(window, alone, i, plate) for i in range(2))
     return window if agree else None
 
 
@@ -139,20 +139,17 @@ def _latents(look: Look) -> dict[str, dict]:
     return {n: s for n, s in sites.items() if not s["is_observed"] and not isinstance(_base(s["fn"]), dist.Delta)}
 
 
-def _agree(window: Any, alone: Any, plate: str) -> bool:
-    others = sample_sites(alone)
-    for name, site in sample_sites(window).items():
+def _agree(window: Look, alone: Look, index: int, plate: str) -> bool:
+    """Whether the rows in the middle of a window have the log-probabilities that they have alone, in one of the traces."""
+    others = sample_sites(alone[index])
+    for name, site in sample_sites(window[index]).items():
         if name not in others:
             return False
-        if isinstance(_base(site["fn"]), dist.Delta):
+        first, second = (look.log_probs[index].get(name) for look in (window, alone))
+        if isinstance(_base(site["fn"]), dist.Delta) or first is None or second is None:
             continue
         try:
-            first, second = site_log_prob(site), site_log_prob(others[name])
-        except Exception:  # flows that cannot be inverted
-            continue
-        first = _middle(site, first, plate, 0)
-        try:
-            first, second = torch.broadcast_tensors(first, second)
+            first, second = torch.broadcast_tensors(_middle(site, first, plate, 0), second)
         except RuntimeError:
             return False
         if not torch.allclose(first, second, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):

@@ -7,17 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CHUNK_BYTES", "check_num_particles"]
+__all__ = ["CHUNK_BYTES"]
 
 CHUNK_BYTES = 24 * 2**20  # of tensors made per pass: what the caches of a CPU hold, more or less
-
-
-def check_num_particles(num_particles: int, name: str = "num_particles") -> int:
-    if not num_particles >= 1:
-        raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
-    if num_particles != int(num_particles):
-        raise ValueError(f"{name}: expected a whole number, got {num_particles}.")
-    return int(num_particles)
 
 
 class _CountBytes(TorchDispatchMode):

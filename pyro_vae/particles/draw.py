@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.particles.chunks import check_num_particles
 from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
 

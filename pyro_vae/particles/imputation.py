@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.pairs.checks import ignores_missing
+from pyro_vae.pairs.checks import check_num_particles, ignores_missing
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
-from pyro_vae.particles.chunks import check_num_particles
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["impute"]

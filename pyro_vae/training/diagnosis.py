@@ -1,25 +1,81 @@
-"""Where a loss or gradient stopped being finite."""
+"""What is wrong with data, with a loss that stopped being finite, or with a scale that collapsed: by site and row."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.util import site_is_subsample
+from pyro import poutine
+from pyro.infer import ELBO
 from torch import Tensor
+from torch.distributions import Independent, StudentT
 
+from pyro_vae.objectives.protocol import annealed
 from pyro_vae.pairs.checks import ignores_missing
-from pyro_vae.training.data import Batch
-from pyro_vae.training.parameters import Pair
+from pyro_vae.pairs.look import look
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.training.data import Batch, Batches
 
-__all__ = ["diagnosis"]
+__all__ = ["check_data", "diagnosis", "look_at", "try_out", "warn_of_collapse", "warn_of_objective"]
+
+
+def look_at(model: Callable, guide: Callable, batches: Batches, plate: str) -> Pair:
+    """Looks at a pair with the first batch; an error of model or guide gets a note on what the data may have to do with
+    it."""
+    inputs = next(iter(batches)).inputs
+    try:
+        pair = Pair(model, guide, inputs, plate=plate, cut=False)
+        _ = pair.participants
+    except Exception as error:
+        batches.explain(error)
+        raise
+    return pair
+
+
+def try_out(pair: Pair, batches: Batches) -> None:
+    """Runs the pair on the first rows of other data than it was looked at with.
+
+    Raises:
+        ValueError: it does not take them. Those of a DataLoader cannot be looked at beforehand.
+    """
+    if not batches.columns:
+        return
+    inputs = next(iter(batches)).inputs
+    try:
+        look(pair.model, pair.guide, inputs, {})
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+        refusal = ValueError(
+            f"{batches.name}: expected rows that model and guide take as they take those of data, got rows of "
+            f"shape {got}. Try data prepared in the same way. The error was: {error}"
+        )
+        batches.explain(refusal)
+        raise refusal from error
+
+
+def check_data(pair: Pair, batches: Batches) -> None:
+    """Raises ValueError for rows that are not finite, and for observed columns with values outside of the support."""
+    arguments = pair.look.model.nodes["_INPUT"]["args"]
+    observed = [
+        (column, name, site)
+        for name, site in sample_sites(pair.look.model).items()
+        for column, x in enumerate(arguments)
+        if site["is_observed"] and x is site["value"]
+    ]
+    batches.check({column for column, _, site in observed if ignores_missing(site)})
+    for column, name, site in observed:
+        batches.check_column(column, name, site)
 
 
 def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) -> str:
     """Where a loss or gradient stopped being finite, found by running the step's traces again."""
     with torch.no_grad(), pyro.validation_enabled(False):
-        guide, model = pair.run(batch)
+        guide = poutine.trace(pair.guide).get_trace(*batch.inputs)
+        model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(*batch.inputs)
         found = _first_bad_site(pair, batch, (("guide", guide), ("model", model)))
     what = f"loss {value.item():.4g}"
     if torch.isfinite(value):
@@ -32,9 +88,7 @@ def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) 
 
 def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
     for where, trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
+        for name, site in sample_sites(trace).items():
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             event_dim = len(site["fn"].event_shape)
             for what, tensor, right in (("value", site["value"], event_dim), ("log-probability", log_prob, 0)):
@@ -50,3 +104,39 @@ def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
                     text += f" ({len(rows)} of {batch.size} rows of the batch, the first is row {first} of {of})"
                 return text
     return None
+
+
+def warn_of_collapse(pair: Pair) -> None:
+    """Warns of a Normal or Student-t likelihood whose scale has shrunk below a thousandth of the data's spread."""
+    sites = sample_sites(look(pair.model, pair.guide, pair.args, {}).model)
+    for name, site in sites.items():
+        elements = getattr(site["fn"], "complete", site["fn"])
+        while isinstance(elements, Independent):
+            elements = elements.base_dist
+        if not (site["is_observed"] and isinstance(elements, (torch.distributions.Normal, StudentT))):
+            continue
+        values = site["value"][torch.isfinite(site["value"])]
+        spread = values.std() if len(values) > 1 else torch.zeros(())
+        small = elements.scale < 1e-3 * spread
+        if small.any():
+            warnings.warn(
+                f"fit: the scale of site {name!r} has collapsed: {small.float().mean():.1%} of it is below a "
+                f"thousandth of the data's spread ({spread:.3g}), the smallest {elements.scale.min():.2g}. Its "
+                "density, and with it the ELBO, has no largest value there, so that neither says how good the model "
+                "is. Try LearnedScale(…) for one scale, smallest=… at the precision of the data, or to leave out "
+                "columns that are constant.",
+                stacklevel=3,
+            )
+            return
+
+
+def warn_of_objective(elbo: ELBO) -> None:
+    """Warns of an objective that ended as no bound of log p(x)."""
+    objective = annealed(elbo)
+    reason = None if objective is None else objective.not_a_bound()
+    if reason is not None:
+        warnings.warn(
+            f"fit ended at {reason}: its losses are no bound of log p(x). Validation losses and evidence are those of "
+            "beta = 1 and no capacity.",
+            stacklevel=3,
+        )

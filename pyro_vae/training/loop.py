@@ -1,19 +1,17 @@
 r"""Training: `fit` minimises −ELBO per data point of any (model, guide) pair with one torch optimizer.
 
-What `pyro.infer.SVI` does, with an epoch around it: one (fused) optimizer over all parameters instead of one for each,
-clipping by the global norm, mini-batches with a ragged last one, validation, early stopping, and an answer to
-"where did the NaN come from". All parameters that take part are trained: those of `pyro.param` and `pyro.module`, and
-those of every module that model and guide call; `requires_grad_(False)` freezes.
+It does what `pyro.infer.SVI` does, with an epoch around it: one (fused) optimizer over all parameters instead of one
+for each, clipping by the global norm, mini-batches with a ragged last one, validation, early stopping, and an answer to
+"where did the NaN come from". Every parameter that requires a gradient and that the loss reaches is trained, wherever
+the pair keeps it; `requires_grad_(False)` freezes one.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,20 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyro_vae.compiled.elbo import CompiledELBO
-from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.modes import evaluation_mode, owners
+from pyro_vae.pairs.pair import Pair
 from pyro_vae.progress import progress_bar
 from pyro_vae.training.data import Batches
-from pyro_vae.training.parameters import Pair
-from pyro_vae.training.resume import Resumable
+from pyro_vae.training.diagnosis import check_data, look_at, try_out, warn_of_collapse, warn_of_objective
+from pyro_vae.training.parameters import Weights
+from pyro_vae.training.result import FitResult
+from pyro_vae.training.resume import FitState
 from pyro_vae.training.steps import Steps
 
 __all__ = ["FitResult", "fit"]
-
-
-@dataclass
-class FitResult:
-    """What a fit did; losses are −ELBO (or another loss), in nats per data point, one for each epoch.
-
-    Attributes:
-        loss: mean over the epoch's batches, weighted by their rows, while the weights moved.
-        validation_loss: after the epoch, in evaluation mode, with the same random numbers each time; NaN for epochs of
-            a checkpoint that had no validation data yet.
-        num_steps: optimizer steps taken.
-        best_epoch: index of the lowest validation loss, whose weights were kept if `patience` was given (where it was
-            added to a checkpoint, the lowest since then).
-    """
-
-    loss: list[float] = field(default_factory=list)
-    validation_loss: list[float] = field(default_factory=list)
-    num_steps: int = 0
-    best_epoch: int | None = None
-
-    def __repr__(self) -> str:
-        parts = [f"{len(self.loss)} epochs", f"{self.num_steps} steps"]
-        if self.loss:
-            parts.append(f"last loss {self.loss[-1]:.3f}")
-        if self.best_epoch is not None:
-            parts.append(f"best validation loss {self.validation_loss[self.best_epoch]:.3f} at [{self.best_epoch}]")
-        return f"FitResult({', '.join(parts)})"
-
-    def _stalled(self, patience: int | None) -> bool:
-        """Whether the last `patience` epochs brought no lower validation loss."""
-        return patience is not None and self.best_epoch is not None and len(self.loss) > self.best_epoch + patience
 
 
 def fit(
@@ -146,34 +117,15 @@ def fit(
         FitResult(5 epochs, 5 steps, last loss ...)
     """
     _check_arguments(num_epochs, batch_size, loss, clip_norm, patience, validation_data, compile)
-    result = FitResult()
-    with ExitStack() as stack:
-        if seed is not None:
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(seed)
+    with _seeded(seed):
         batches = Batches(data, batch_size)
         validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
-        pair = Pair(model, guide, plate)
-        everything = [batches] if validation is None else [batches, validation]
-        first = next(iter(batches.to(pair.device)))
-        try:
-            pair.look(first)
-        except Exception as error:
-            batches.explain(error)
-            raise
-        for rows in everything:
-            rows.to(pair.move(device))
-            if rows is validation:
-                pair.try_out(rows)
-            pair.check(rows)
-        compiled = loss if isinstance(loss, CompiledELBO) else None
-        elbo = copy.copy(compiled.elbo if compiled else Trace_ELBO() if loss is None else loss)
-        optim = _make_optimizer(optimizer, pair.parameters, learning_rate)
-        steps = Steps(pair, batches, elbo, optim, clip_norm, compiled or _compiled(elbo, compile, num_epochs, batches))
+        pair, weights = _prepare(model, guide, plate, batches, validation, device)
+        elbo, compiled = _objective(loss, compile, num_epochs * (batches.num_batches or 0))
+        optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
+        steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
         rates = [float(group["lr"]) if "lr" in group else None for group in optim.param_groups]
         schedule = None if scheduler is None else scheduler(optim)
-        total = None if batches.num_rows is None else num_epochs * batches.num_rows
-        bar = stack.enter_context(progress_bar(total, "", progress, unit="row", leave=True))
         arguments = {
             "rows": batches.num_rows,
             "batch_size": batch_size if batches.loader is None else batches.loader.batch_size,
@@ -182,66 +134,95 @@ def fit(
             "scheduler": None if schedule is None else type(schedule).__name__,
             "loss": type(elbo).__name__,
         }
-        state = Resumable(checkpoint, pair, steps, optim, schedule, vars(result), arguments)
-        state.resume()
-        if patience is None:
-            state.best = None
-        elif state.best is None:
-            result.best_epoch = None  # whose weights nobody has
-        if validation is not None:
-            result.validation_loss += [math.nan] * (len(result.loss) - len(result.validation_loss))
-        bar.update(len(result.loss) * (batches.num_rows or 0))
-        for epoch in range(len(result.loss), num_epochs):
-            if result._stalled(patience):
-                break
-            bar.set_description(f"epoch {epoch + 1}/{num_epochs}")
-            pair.remember()
-            total, rows = torch.zeros((), dtype=torch.float64, device=pair.device), 0
-            for batch in batches.shuffled():
-                total += steps(batch) * batch.size
-                rows += batch.size
-                bar.update(batch.size)
-            steps.end_epoch()
-            result.num_steps = steps.count
-            result.loss.append(total.item() / rows)
-            note = f"loss {result.loss[-1]:.3f}"
-            if validation is not None:
-                result.validation_loss.append(_evaluate(pair, elbo, validation))
-                note += f", validation {result.validation_loss[-1]:.3f}"
-                if result.best_epoch is None or result.validation_loss[-1] < result.validation_loss[result.best_epoch]:
-                    result.best_epoch = epoch
-                    state.best = None if patience is None else pair.state_copy()
-            bar.set_postfix_str(f"{note} nats/row")
-            if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                schedule.step((result.validation_loss or result.loss)[-1])
-            elif schedule is not None:
-                schedule.step()
-            state.write(last=epoch == num_epochs - 1 or result._stalled(patience))
-        if state.best is not None:
-            pair.restore(state.best)
+        state = FitState(weights, steps, schedule, patience, arguments)
+        state.resume(checkpoint)
+        total = None if batches.num_rows is None else num_epochs * batches.num_rows
+        with progress_bar(total, "", progress, unit="row", leave=True) as bar:
+            bar.update(len(state.result.loss) * (batches.num_rows or 0))
+            while len(state.result.loss) < num_epochs and not state.stalled:
+                bar.set_description(f"epoch {len(state.result.loss) + 1}/{num_epochs}")
+                mean = _epoch(steps, batches, bar)
+                held_out = None if validation is None else _evaluate(pair, steps, elbo, validation)
+                state.end_epoch(mean, held_out)
+                note = "" if held_out is None else f", validation {held_out:.3f}"
+                bar.set_postfix_str(f"loss {mean:.3f}{note} nats/row")
+                state.write(checkpoint, last=len(state.result.loss) == num_epochs or state.stalled)
+        state.keep_best()
         optim.zero_grad(set_to_none=True)
-        beta = getattr(elbo, "beta", 1.0)
-        capacity = getattr(elbo, "capacity", None) is not None
-        if beta != 1.0 or capacity:
-            warnings.warn(
-                f"fit ended at beta = {beta:.4g}{' and a capacity' if capacity else ''}: its losses are no bound of "
-                f"log p(x). Validation losses and evidence are those of beta = 1{' and none' if capacity else ''}.",
-                stacklevel=2,
-            )
-        collapsed = pair.collapsed_scales(first)
-        if collapsed:
-            warnings.warn(f"fit: {collapsed}", stacklevel=2)
-    return result
+        warn_of_objective(elbo)
+        warn_of_collapse(pair)
+    return state.result
 
 
-def _evaluate(pair: Pair, elbo: ELBO, batches: Batches) -> float:
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """With a seed of its own, and the global random state left as it was; None: with the global one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _prepare(
+    model: Callable,
+    guide: Callable,
+    plate: str,
+    batches: Batches,
+    validation: Batches | None,
+    device: str | torch.device | None,
+) -> tuple[Pair, Weights]:
+    """Looks at the pair, moves its weights and the data to where it trains, and checks all rows."""
+    known = next((p for owner in owners(model, guide) for p in owner.parameters()), None)
+    pair = look_at(model, guide, batches.to(None if known is None else known.device), plate)
+    weights = Weights(*pair.participants)
+    for rows in (batches, validation):
+        if rows is not None:
+            rows.to(weights.to(device))
+            if rows is validation:
+                try_out(pair, rows)
+            check_data(pair, rows)
+    return pair, weights
+
+
+def _objective(loss: ELBO | None, compile: bool | str, num_steps: int) -> tuple[ELBO, CompiledELBO | None]:
+    """The objective, and what takes compiled steps with it: chosen by their number, not by their time, so that the same
+    call does the same thing again."""
+    if isinstance(loss, CompiledELBO):
+        return copy.copy(loss.elbo), loss
+    elbo = Trace_ELBO() if loss is None else copy.copy(loss)
+    if compile == "auto":
+        few = num_steps < 300
+        return elbo, None if few else CompiledELBO(elbo, backend="eager" if num_steps < 3000 else "inductor")
+    return elbo, CompiledELBO(elbo) if compile else None
+
+
+def _epoch(steps: Steps, batches: Batches, bar: tqdm) -> float:
+    """Takes a step on each batch; returns the mean loss per data point, weighted by rows."""
+    steps.begin_epoch()
+    total, rows = torch.zeros((), dtype=torch.float64, device=steps.weights.device), 0
+    for batch in batches.shuffled():
+        total += steps(batch) * batch.size
+        rows += batch.size
+        bar.update(batch.size)
+    steps.end_epoch()
+    return total.item() / rows
+
+
+def _evaluate(pair: Pair, steps: Steps, elbo: ELBO, batches: Batches) -> float:
     """Loss per data point in evaluation mode, with the same random numbers each time so that epochs compare."""
     total, rows = 0.0, 0
-    with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(), pyro.validation_enabled(False):
+    with (
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        evaluation_mode(pair.model, pair.guide),
+        pyro.validation_enabled(False),
+    ):
         torch.manual_seed(0)
         for batch in batches:
             value = elbo.loss(pair.model, pair.guide, *batch.inputs)
-            total += float(value[0] if isinstance(value, tuple) else value) / pair.data_points(batch) * batch.size
+            total += float(value[0] if isinstance(value, tuple) else value) / steps.data_points(batch) * batch.size
             rows += batch.size
     return total / rows if math.isfinite(total) else math.inf  # which is never the lowest
 
@@ -260,14 +241,6 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
         f"optimizer: expected a callable that makes a torch optimizer from a list of parameters, got {got}. "
         "Try optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3)."
     )
-
-
-def _compiled(elbo: ELBO, compile: bool | str, num_epochs: int, batches: Batches) -> CompiledELBO | None:
-    """What takes the steps: by their number, not by their time, so that the same call does the same thing again."""
-    if compile == "auto":
-        steps = num_epochs * (batches.num_batches or 0)
-        return None if steps < 300 else CompiledELBO(elbo, backend="eager" if steps < 3000 else "inductor")
-    return CompiledELBO(elbo) if compile else None
 
 
 def _check_arguments(

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
+from pyro_vae.pairs.pair import Pair
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.diagnosis import diagnosis
-from pyro_vae.training.parameters import Pair
+from pyro_vae.training.parameters import Weights
 
 __all__ = ["Steps"]
 
@@ -28,6 +30,7 @@ class Steps:
 
     Args:
         pair: looked at.
+        weights: of the pair.
         batches: where the batches come from.
         elbo: the objective.
         optimizer: of the pair's parameters.
@@ -41,25 +44,28 @@ class Steps:
     def __init__(
         self,
         pair: Pair,
+        weights: Weights,
         batches: Batches,
         elbo: ELBO,
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None,
         compiled: CompiledELBO | None,
     ) -> None:
-        self.pair, self.batches, self.elbo, self.optimizer = pair, batches, elbo, optimizer
+        self.pair, self.weights, self.batches, self.elbo, self.optimizer = pair, weights, batches, elbo, optimizer
         self.clip_norm, self.compiled = clip_norm, compiled
         self.count = 0
+        self._full_size = pair.full_size
         objectives = [elbo] if compiled is None else [elbo, compiled.elbo]
-        self._scheduled = [e for e in objectives if hasattr(e, "set_step")]
-        self._own = {id(p) for p in pair.parameters}
-        self._weights: dict[int, Tensor] = {}
+        self._annealed = [a for a in map(annealed, objectives) if a is not None]
+        self._own = {id(p) for p in weights.parameters}
+        self._last_finite: list[Tensor] = []
+        self._factors: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
         # the protocol of torch.amp.GradScaler: optimizers that take found_inf skip a step without a word to the CPU
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
-        self._deferred = bool(skips) and pair.device.type == "cuda"
-        self._stopped = torch.zeros((), dtype=torch.bool, device=pair.device)
-        self._finite = torch.zeros((), dtype=torch.long, device=pair.device)
+        self._deferred = bool(skips) and weights.device.type == "cuda"
+        self._stopped = torch.zeros((), dtype=torch.bool, device=weights.device)
+        self._finite = torch.zeros((), dtype=torch.long, device=weights.device)
         self._epoch: list[tuple[tuple[Tensor, list[Tensor]], Batch]] = []
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -68,9 +74,9 @@ class Steps:
         Raises:
             ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
         """
-        for elbo in self._scheduled:
-            elbo.set_step(self.count)
-        state, size = random_state(), self.pair.data_points(batch)
+        for objective in self._annealed:
+            objective.set_step(self.count)
+        state, size = random_state(), self.data_points(batch)
         inputs = self._find_whole_step(batch)
         if inputs is not None:
             value, norm = self._whole(self._stopped, *inputs)
@@ -81,8 +87,10 @@ class Steps:
             value, norm = self._gradients(batch)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
             self._look(batch, state, value, norm)
+            if self.count == 0:
+                self.weights.warn_of_unreached()
             if self.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.pair.parameters, self.clip_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
             if self._deferred:
                 self.optimizer.found_inf = self._stopped.float()
             if self._whole is not None:
@@ -96,8 +104,12 @@ class Steps:
     def go_on(self, count: int) -> None:
         """Goes on after so many steps, with the objective as the last of them left it."""
         self.count = count
-        for elbo in self._scheduled:
-            elbo.set_step(max(0, count - 1))
+        for objective in self._annealed:
+            objective.set_step(max(0, count - 1))
+
+    def begin_epoch(self) -> None:
+        """Keeps the weights, to come back to if they stop being finite."""
+        self._last_finite = self.weights.copy()
 
     def end_epoch(self) -> None:
         """Says what went wrong in an epoch whose steps nobody looked at, and brings the optimizer up to date."""
@@ -144,20 +156,25 @@ class Steps:
             if not WholeStep.fits(self.optimizer, call.plan.graph):
                 return None
             self._whole = WholeStep(call.plan.graph, self.optimizer, self.clip_norm)
-        return [*call.inputs, self._weight(self.pair.data_points(batch))]
+        return [*call.inputs, self._factor(self.data_points(batch))]
 
-    def _weight(self, size: int) -> Tensor:
-        if size not in self._weights:
-            self._weights[size] = torch.tensor(1 / size, device=self.pair.device)
-        return self._weights[size]
+    def data_points(self, batch: Batch) -> int:
+        """How many data points the loss of a batch counts for."""
+        return self._full_size or batch.size
+
+    def _factor(self, size: int) -> Tensor:
+        """1/size, one tensor for each size."""
+        if size not in self._factors:
+            self._factors[size] = torch.tensor(1 / size, device=self.weights.device)
+        return self._factors[size]
 
     def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
-        pair, size = self.pair, self.pair.data_points(batch)
+        pair, size = self.pair, self.data_points(batch)
         if self.compiled is not None and self.count > 0:
             full = batch.size == self.batches.batch_size
             found = self.compiled.loss_and_gradients(
-                pair.model, pair.guide, batch.inputs, self._weight(size), generate_code=full
+                pair.model, pair.guide, batch.inputs, self._factor(size), generate_code=full
             )
             if found is not None:
                 for leaf, gradient in found.gradients:
@@ -166,20 +183,22 @@ class Steps:
                 return found.loss / size, found.norm
         # the first step runs under the user's validation settings, so that Pyro says what it has to say
         with nullcontext() if self.count == 0 else pyro.validation_enabled(False):
-            if hasattr(self.elbo, "differentiable_loss"):
+            if has_differentiable_loss(self.elbo):
                 loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.inputs) / size
                 loss.backward()
                 value = loss.detach()
             else:  # TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep do their own backward pass
                 value = self.elbo.loss_and_grads(pair.model, pair.guide, *batch.inputs)
-                value = torch.as_tensor(value[0] if isinstance(value, tuple) else value, device=pair.device) / size
-                for p in pair.parameters:
+                value = value[0] if isinstance(value, tuple) else value
+                value = torch.as_tensor(value, device=self.weights.device) / size
+                for p in self.weights.parameters:
                     if p.grad is not None:
                         p.grad /= size
-        return value, torch.nn.utils.get_total_norm([p.grad for p in pair.parameters if p.grad is not None])
+        return value, torch.nn.utils.get_total_norm([p.grad for p in self.weights.parameters if p.grad is not None])
 
     def _fail(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
-        self.pair.recover()
+        if not self.weights.are_finite():
+            self.weights.restore(self._last_finite)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng():
             set_random_state(state)
