@@ -12,18 +12,15 @@ below another): the model maps its own sites as it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf, prod
-from typing import Any
+from math import inf
 
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import transforms
 
 from pyro_vae.pairs.handlers import SetValues, StopAfter, unobserved
 from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
-from pyro_vae.pairs.supports import bijection, inside_support
+from pyro_vae.pairs.supports import support_of
+from pyro_vae.particles.latents import Constrain, Coordinates
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["LatentDensity"]
@@ -49,10 +46,8 @@ class LatentDensity:
         with torch.no_grad():
             self._guide_trace, model_trace = sampler.traces(1, rows)
             self._sites = {n: s for n, s in sample_sites(model_trace).items() if self._is_continuous(n, s)}
-            self._is_real = all(_is_real(bijection(name, site["fn"])) for name, site in self._sites.items())
-            parts = {name: self._unconstrained(name, site) for name, site in self._sites.items()}
-        self._shapes = {name: part.shape[2:] for name, part in parts.items()}
-        self.dim = sum(prod(shape) for shape in self._shapes.values())
+            self._coordinates = Coordinates(self._sites, self.layout, rows)
+        self.dim = self._coordinates.dim
         if not self.dim:
             raise ValueError("the model has no continuous latent. Try importance_sampling, which needs none.")
 
@@ -71,7 +66,7 @@ class LatentDensity:
     def _is_continuous(self, name: str, site: dict) -> bool:
         if site["is_observed"] or name in self.discrete:
             return False
-        if site["fn"].support.is_discrete:
+        if getattr(support_of(site["fn"]), "is_discrete", False):
             raise ValueError(
                 f"site {name!r} is discrete; this needs continuous latents, and discrete ones to be marked for summing "
                 "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling with its defaults."
@@ -83,15 +78,15 @@ class LatentDensity:
     @torch.no_grad()
     def draw(self, num_particles: int) -> Tensor:
         """u ~ q(u|x), (K, N, D); NaN for draws outside of the prior's support, where u is not defined."""
-        if self._is_real:  # the model is not needed to say what the supports are
-            return self._join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
-        return self._join(self.sampler.traces(num_particles, self.rows, check=False)[1])
+        if self._coordinates.are_real:  # the model is not needed to say what the supports are
+            return self._coordinates.join(self.sampler.run(self.sampler.guide, num_particles, self.rows))
+        return self._coordinates.join(self.sampler.traces(num_particles, self.rows, check=False)[1])
 
     @torch.no_grad()
     def draw_prior(self, num_particles: int) -> Tensor:
         """u ~ p(u), (K, N, D)."""
         prior = StopAfter(self._sites)(unobserved(self.sampler.model))
-        return self._join(self.sampler.run(prior, num_particles, self.rows))
+        return self._coordinates.join(self.sampler.run(prior, num_particles, self.rows))
 
     def exact(self, draws: Mapping[str, Tensor] | None) -> Tensor | None:
         """u of draws {site: (N_all, *inner plates, *event)} at these rows, (1, N, D)."""
@@ -106,9 +101,9 @@ class LatentDensity:
     @torch.no_grad()
     def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
         """u of latents {site: (K, N, *inner plates, *event)}, (K, N, D)."""
-        given = SetValues({name: self._place(name, latents[name]) for name in self._sites})
+        given = SetValues({name: self._coordinates.place(name, latents[name]) for name in self._sites})
         num_particles = len(latents[next(iter(self._sites))])
-        return self._join(self.sampler.run(given(self.sampler.model), num_particles, self.rows))
+        return self._coordinates.join(self.sampler.run(given(self.sampler.model), num_particles, self.rows))
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
@@ -129,7 +124,7 @@ class LatentDensity:
             return torch.autograd.grad((prior + likelihood).sum(), u)[0]
 
     def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        handler = _Constrain(self._split(u))
+        handler = Constrain(self._coordinates.split(u))
         sampler, count = self.sampler, len(u)
         trace = sampler.run(handler(sampler.model), count, self.rows, enumerate_sites=self.discrete)
         log_det = sum(self.layout.sum_to_points(name, value, self.rows) for name, value in handler.log_dets.items())
@@ -156,69 +151,3 @@ class LatentDensity:
         value = self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.sampler.pair.enumerated)
         outside = self.sampler.outside(trace, self.rows)
         return value if outside is None else value.masked_fill(outside, -inf)
-
-    # -- u and the sites' values --------------------------------------------------------------------------------------
-
-    def _unconstrained(self, name: str, site: dict) -> Tensor:
-        """A site's value in R^d as (K, N, *inner plates, *event); NaN where it is outside of the prior's support."""
-        fn = self._sites[name]["fn"] if self._is_real else site["fn"]
-        event = site["value"].dim() - len(fn.event_shape)
-        value = bijection(name, fn).inv(site["value"])
-        inside = inside_support(fn, site["value"])
-        if inside is not None:
-            value = value.masked_fill(~inside.reshape(inside.shape + (1,) * (value.dim() - inside.dim())), torch.nan)
-        like = {**site, "value": value, "fn": _EventShape(value.shape[event:])}
-        return self.layout.align(like, self.rows)
-
-    def _join(self, trace: poutine.Trace) -> Tensor:
-        sites = sample_sites(trace)
-        parts = [self._unconstrained(name, sites[name]) for name in self._sites]
-        parts = [part.reshape(*part.shape[:2], -1) for part in parts]
-        count, rows = max(len(p) for p in parts), max(p.shape[1] for p in parts)
-        return torch.cat([p.expand(count, rows, -1) for p in parts], -1)
-
-    def _split(self, u: Tensor) -> dict[str, Tensor]:
-        sizes = [prod(shape) for shape in self._shapes.values()]
-        parts = zip(self._shapes.items(), u.split(sizes, -1), strict=True)
-        return {name: self._place(name, part.reshape(*u.shape[:2], *shape)) for (name, shape), part in parts}
-
-    def _place(self, name: str, value: Tensor) -> Tensor:
-        fixed = self.sampler.rows.fixed
-        missing = 0 if fixed is None else fixed - value.shape[1]
-        if missing:  # a plate of fixed size runs on more rows than are wanted, which come last
-            value = torch.cat([value[:, :1].expand(-1, missing, *value.shape[2:]), value], 1)
-        return self.layout.place(self._sites[name], value)
-
-
-class _Constrain(Messenger):
-    """Sets latent sites to the images of unconstrained values, and keeps the log-determinants."""
-
-    def __init__(self, unconstrained: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.unconstrained = unconstrained
-        self.latents: dict[str, Tensor] = {}
-        self.log_dets: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: dict) -> None:
-        name = msg["name"]
-        if name not in self.unconstrained:
-            return
-        u, transform = self.unconstrained[name], bijection(name, msg["fn"])
-        value = transform(u)
-        self.latents[name] = msg["value"] = value
-        log_det = transform.log_abs_det_jacobian(u, value)
-        event = len(msg["fn"].event_shape) - transform.codomain.event_dim  # that the transform leaves in its batch
-        self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det
-
-
-def _is_real(transform: Any) -> bool:
-    while isinstance(transform, transforms.IndependentTransform):
-        transform = transform.base_transform
-    return transform == transforms.identity_transform
-
-
-class _EventShape:
-    """Stands in for the distribution of a site whose value was mapped to another event shape."""
-
-    def __init__(self, event_shape: torch.Size) -> None:
-        self.event_shape = event_shape

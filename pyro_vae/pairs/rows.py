@@ -140,7 +140,7 @@ def _latents(look: Look) -> dict[str, dict]:
 
 
 def _agree(window: Look, alone: Look, index: int, plate: str) -> bool:
-    """Whether the rows in the middle of a window have the log-probabilities that they have alone, in one of the traces."""
+    """Whether the middle rows of a window have the log-probabilities that they have alone, in one of two traces."""
     others = sample_sites(alone[index])
     for name, site in sample_sites(window[index]).items():
         if name not in others:

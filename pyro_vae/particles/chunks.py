@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["CHUNK_BYTES"]
+__all__ = ["CHUNK_BYTES", "cells_within_budget"]
 
 CHUNK_BYTES = 24 * 2**20  # of tensors made per pass: what the caches of a CPU hold, more or less
+
+
+def cells_within_budget(log_weight: Callable[[], Tensor]) -> int:
+    """How many particles × rows a pass may have, from the bytes that making a few log-weights takes."""
+    with torch.random.fork_rng(), torch.no_grad(), _CountBytes() as counter:
+        values = log_weight()
+    return CHUNK_BYTES * values.numel() // max(1, counter.total)
 
 
 class _CountBytes(TorchDispatchMode):
@@ -28,4 +37,4 @@ class _CountBytes(TorchDispatchMode):
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

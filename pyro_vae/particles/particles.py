@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Particles"]
+__all__ = ["Particles", "concatenate"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Particles:
         return self.log_prior + self.log_likelihood - self.log_posterior
 
 
-def _concatenate(parts: list[Particles]) -> Particles:
+def concatenate(parts: list[Particles]) -> Particles:
+    """The same numbers of particles of different data points, together."""
     latents = {name: torch.cat([p.latents[name] for p in parts], 1) for name in parts[0].latents}
     rest = ("log_prior", "log_likelihood", "log_posterior")
     return Particles(latents, *(torch.cat([getattr(p, field) for p in parts], 1) for field in rest))

@@ -20,7 +20,7 @@ effective sample size functions of them. This file draws them and knows traces a
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import reduce
 from math import inf
 from typing import Any
@@ -39,8 +39,8 @@ from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
 from pyro_vae.pairs.validity import check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
-from pyro_vae.particles.chunks import CHUNK_BYTES, _CountBytes
-from pyro_vae.particles.particles import Particles, _concatenate
+from pyro_vae.particles.chunks import cells_within_budget
+from pyro_vae.particles.particles import Particles, concatenate
 
 __all__ = ["ParticleSampler"]
 
@@ -68,7 +68,7 @@ class ParticleSampler:
         self.pair = Pair(model, guide, args, kwargs, plate=plate)
         self.layout, self.rows = self.pair.layout, self.pair.rows
         self.num_points = self.rows.num_points
-        self._known_cells: int | None = None
+        self._cells: int | None = None  # particles × rows of a pass, once known
         self.pair.check_vectorized()
 
     # -- chunks -------------------------------------------------------------------------------------------------------
@@ -94,7 +94,11 @@ class ParticleSampler:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
         together = max(1, num_particles if together is None else min(together, num_particles))
-        cells = max(1, int(self._cells() / tensors) if chunk_size is None else chunk_size)
+        if chunk_size is None and self._cells is None:
+            few = (8, slice(0, 2)) if self.rows.separable else (1, None)
+            with evaluation_mode(self.model, self.guide):
+                self._cells = cells_within_budget(lambda: self.log_weight(*few, check=False))
+        cells = max(1, int(self._cells / tensors) if chunk_size is None else chunk_size)
         rows = self.rows.fixed or self.num_points
         if self.rows.separable:
             rows = min(rows, max(1, cells // together))
@@ -105,30 +109,11 @@ class ParticleSampler:
         slices = [slice(i, min(i + rows, self.num_points)) for i in range(0, self.num_points, rows)]
         return slices, [at_once] * whole + [rest] * (rest > 0)
 
-    def _cells(self) -> int:
-        if self._known_cells is None:
-            self._known_cells = self._count_cells()
-        return self._known_cells
-
-    def _count_cells(self) -> int:
-        num_particles, rows = (8, slice(0, 2)) if self.rows.separable else (1, None)
-        with (
-            torch.random.fork_rng(),
-            torch.no_grad(),
-            evaluation_mode(self.model, self.guide),
-            _CountBytes() as counter,
-        ):
-            log_weight = self.log_weight(num_particles, rows, check=False)
-        return CHUNK_BYTES * log_weight.numel() // max(1, counter.total)
-
     def check(self) -> None:
         """Raises ValueError for data that are not finite or outside the support of their likelihood."""
-        with torch.random.fork_rng(), torch.no_grad(), self._evaluation_mode():
+        with torch.random.fork_rng(), torch.no_grad(), evaluation_mode(self.model, self.guide):
             for rows in self.chunks(1)[0]:
                 self.log_weight(1, rows, check=True)
-
-    def _evaluation_mode(self) -> Any:
-        return evaluation_mode(self.model, self.guide)
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 
@@ -138,7 +123,7 @@ class ParticleSampler:
         Discrete latents of the guide are drawn, also where they are marked for enumeration.
         """
         if self.rows.fixed and rows is None:
-            return _concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
+            return concatenate([self.draw(num_particles, r, check=check) for r in self.chunks(num_particles, 1)[0]])
         return self.weigh(*self.traces(num_particles, rows, check=check), num_particles, rows)
 
     def log_weight(self, num_particles: int, rows: slice | None = None, *, check: bool = True) -> Tensor:
@@ -193,16 +178,13 @@ class ParticleSampler:
             function = EnumMessenger(None if after else -1 - layout.width)(function)
         if replay is not None:  # outside of the enumeration, which has to see what a site's parameters depend on
             function = poutine.replay(function, replay)
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), self._subsample(rows):
+        # the rows of a plate that holds its data itself
+        indices = {} if self.rows.fixed is None else {layout.plate: self.rows.subsample(rows)}
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), SetSubsample(indices):
             tracer = poutine.trace(function)
             with suppress(StopAfter.Done):
                 tracer(*args, **kwargs)
             return tracer.trace
-
-    def _subsample(self, rows: slice | None) -> Any:
-        """Sets the rows of a plate that holds its data itself."""
-        plate, known = self.layout.plate, self.rows
-        return nullcontext() if known.fixed is None else SetSubsample({plate: known.subsample(rows)})
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0
