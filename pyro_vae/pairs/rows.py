@@ -21,8 +21,8 @@ from pyro_vae.pairs.sites import sample_sites
 
 __all__ = ["WINDOW", "Rows", "find_rows"]
 
-WINDOW = 4  # rows of a probe, of which the middle ones are looked at again alone
-MIDDLE = slice(1, 3)
+WINDOW = 5  # rows of a probe, of which two are looked at again alone
+MIDDLE = slice(1, 3)  # not the exact middle: on an even grid its mean would be that of the window
 MOST_TRIED = 6  # arguments of one length, of which all subsets are tried; of more only those that leave one out
 TOLERANCE = 1e-4  # of log-probabilities, absolute and relative
 

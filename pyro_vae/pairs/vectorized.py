@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vae.pairs.handlers import SetSubsample, SetValues
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["PARTICLE_PLATE", "check_vectorized"]
 
@@ -58,6 +59,7 @@ def check_vectorized(
         pyro.validation_enabled(False),
         poutine.block(),
         SetSubsample(subsamples),
+        Untouched(*pair),
     ):
         for role, function, look in zip(("guide", "model"), pair, looks, strict=True):
             try:

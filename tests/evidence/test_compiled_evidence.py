@@ -124,7 +124,7 @@ def test_a_model_that_decides_by_value_runs_as_it_is():
             pyro.sample("x", dist.Normal(z @ truth.weight.T + truth.bias, truth.noise).to_event(1), obs=x)
 
     x = truth.sample(6)
-    with pytest.warns(UserWarning, match=r"test_kernels\.py:\d+: .*# here") as caught:
+    with pytest.warns(UserWarning, match=r"test_compiled_evidence\.py:\d+: .*# here") as caught:
         evidence = importance_sampling(model, truth.guide, x, num_particles=50, compile=True, progress=False)
     assert len(caught) == 1
     torch.testing.assert_close(evidence.log_evidence, truth.log_evidence(x), atol=1e-4, rtol=0)

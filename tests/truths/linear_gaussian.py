@@ -1,21 +1,9 @@
-"""Models whose log p(x) is known: in closed form, by quadrature, by enumeration."""
-
-import math
+"""The linear-Gaussian model, whose evidence and posterior are known in closed form."""
 
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
-
-from pyro_vae import VAE
-from pyro_vae.distributions import (
-    ConditionalBernoulli,
-    ConditionalMultivariateNormal,
-    ConditionalNormal,
-    LearnedScale,
-    StandardNormal,
-)
-from pyro_vae.networks import MLP
+from torch import Tensor
 
 
 class LinearGaussian:
@@ -54,40 +42,3 @@ class LinearGaussian:
     def guide(self, x: Tensor, widen: float = 1.0) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", self.posterior(x, widen))
-
-
-def linear_vae(latent: int, size: int, *, full: bool = True, scale: float = 0.3, name: str = "vae") -> VAE:
-    posterior = ConditionalMultivariateNormal if full else ConditionalNormal
-    return VAE(
-        StandardNormal(latent),
-        ConditionalNormal(MLP(latent, []), size, scale=LearnedScale(init=scale)),
-        posterior(MLP(size, []), latent),
-        name=name,
-    )
-
-
-def linear_vae_log_evidence(vae: VAE, x: Tensor) -> Tensor:
-    weight, bias = vae.likelihood.head.weight.detach().double(), vae.likelihood.head.bias.detach().double()
-    covariance = weight @ weight.T + vae.likelihood.scale().detach().double() ** 2 * torch.eye(len(bias)).to(bias)
-    return dist.MultivariateNormal(bias, covariance).log_prob(x.double())
-
-
-def small_vae(latent: int = 2, shape: tuple[int, ...] = (4, 4), *, full: bool = True, name: str = "vae") -> VAE:
-    posterior = ConditionalMultivariateNormal if full else ConditionalNormal
-    return VAE(
-        StandardNormal(latent),
-        ConditionalBernoulli(MLP(latent, [16], activation=nn.Tanh), shape),
-        posterior(MLP(shape, [16]), latent),
-        name=name,
-    )
-
-
-def quadrature(vae: VAE, x: Tensor, *, points: int = 401, limit: float = 7.0) -> Tensor:
-    """log ∫ p(x|z) N(z; 0, I) dz over a grid of two latent dimensions, in float64."""
-    axis = torch.linspace(-limit, limit, points, dtype=torch.float64)
-    z = torch.cartesian_prod(axis, axis)
-    with torch.no_grad():
-        log_joint = vae.likelihood.double()(z).expand((len(x), len(z))).log_prob(x.double().unsqueeze(1))
-        vae.likelihood.float()
-    log_joint = log_joint - 0.5 * z.square().sum(-1) - math.log(2 * math.pi)
-    return log_joint.logsumexp(1) + 2 * math.log(2 * limit / (points - 1))

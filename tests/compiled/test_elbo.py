@@ -1,12 +1,9 @@
 """Compiled losses, gradients and steps against Pyro's under one seed, and all that must not be baked into a graph."""
 
-import warnings
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro import poutine
 from pyro.infer import (
     SVI,
     RenyiELBO,
@@ -17,8 +14,10 @@ from pyro.infer import (
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoIAFNormal, AutoLowRankMultivariateNormal, AutoNormal
+from same_as_pyro import X, assert_same, gradients, vae_pair
+from test_recordings import scaled_pair
 from torch import nn
-from truths import linear_vae, small_vae
+from truths import small_vae
 
 from pyro_vae import VAE, CompiledELBO, ImportanceWeightedELBO, fit
 from pyro_vae.compiled import codegen as codegen_module
@@ -26,7 +25,6 @@ from pyro_vae.compiled.codegen import _Captured
 from pyro_vae.compiled.watch import Watch
 from pyro_vae.distributions import ConditionalBernoulli, StandardNormal
 from pyro_vae.networks import MLP
-from pyro_vae.training.steps import Steps
 
 ELBOS = [
     Trace_ELBO(),
@@ -39,7 +37,6 @@ ELBOS = [
     ImportanceWeightedELBO(5),
     ImportanceWeightedELBO(5, doubly_reparameterized=True),
 ]
-X = torch.bernoulli(torch.full((6, 4, 4), 0.4), generator=torch.Generator().manual_seed(0))
 Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(1))
 
 
@@ -57,11 +54,6 @@ def flow_vae():
             return self.flow(x.flatten(-2))
 
     return VAE(StandardNormal(2), ConditionalBernoulli(MLP(2, [16], activation=nn.Tanh), (4, 4)), Posterior())
-
-
-def vae_pair(make):
-    vae = make()
-    return vae.model, vae.guide
 
 
 def bernoulli_pair(enumerate=False):
@@ -104,35 +96,6 @@ def auto_pair(guide):
             pyro.sample("x", dist.Normal(mu, s).to_event(1), obs=x)
 
     return model, guide(model)
-
-
-def gradients(elbo, model, guide, *args):
-    """Loss and gradients of all parameters under one seed."""
-    torch.manual_seed(7)
-    with poutine.trace(param_only=True) as seen:
-        loss = elbo.loss_and_grads(model, guide, *args)
-    params = {name: site["value"].unconstrained() for name, site in seen.trace.nodes.items()}
-    found = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
-    for p in params.values():
-        p.grad = None
-    return loss, found
-
-
-def assert_same(elbo, model, guide, *args, backend="eager", calls=4, rtol=1e-6, atol=1e-6):
-    compiled = CompiledELBO(elbo, backend=backend)
-    gradients(elbo, model, guide, *args)
-    expected = gradients(elbo, model, guide, *args)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="CompiledELBO|no working")
-        for _ in range(calls):
-            loss, found = gradients(compiled, model, guide, *args)
-            assert loss == pytest.approx(expected[0], rel=rtol)
-            assert found.keys() == expected[1].keys()
-            for name in found:
-                torch.testing.assert_close(found[name], expected[1][name], rtol=1e-5, atol=atol)
-    assert sum(map(len, compiled._plans.values())) == 1
-    assert not compiled._refused
-    return compiled
 
 
 def name(elbo):
@@ -199,174 +162,6 @@ def test_svi_moves_every_parameter_as_with_pyro():
     assert results[0][1]["s"] != 1
 
 
-# -- what must not be baked in ----------------------------------------------------------------------------------------
-
-
-def scaled_pair(read):
-    def model(x, *beta):
-        with poutine.scale(scale=read(*beta)), pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("other", len(x)):
-            pyro.sample("x", dist.Normal(z.unsqueeze(-1), 1.0).to_event(1), obs=x)
-
-    def guide(x, *beta):
-        loc = pyro.param("loc", lambda: torch.zeros(len(x)))
-        with poutine.scale(scale=read(*beta)), pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(loc, 0.5))
-
-    return model, guide
-
-
-def assert_follows(pair, change, args=lambda i: (), recordings=None, steps=12):
-    compiled = CompiledELBO(Trace_ELBO(), backend="eager", cache_size=20)
-    for i in range(steps):
-        change(i)
-        got, expected = (gradients(e, *pair, Y, *args(i)) for e in (compiled, Trace_ELBO()))
-        assert got[0] == pytest.approx(expected[0], rel=1e-6)
-        torch.testing.assert_close(got[1], expected[1])
-    assert sum(map(len, compiled._plans.values())) == recordings
-    return compiled
-
-
-def test_a_float_argument_is_an_input():
-    assert_follows(scaled_pair(lambda beta: beta), lambda i: None, lambda i: (0.1 + 0.1 * i,), recordings=1)
-
-
-def test_a_tensor_in_a_closure_is_an_input():
-    beta = torch.tensor(1.0)
-    assert_follows(scaled_pair(lambda: beta), lambda i: beta.fill_(0.1 + 0.1 * i), recordings=1)
-
-
-def test_a_number_in_a_closure_makes_a_new_recording():
-    beta = 0.1
-
-    def change(i):
-        nonlocal beta
-        beta = 0.1 + 0.1 * (i // 4)
-
-    assert_follows(scaled_pair(lambda: beta), change, recordings=3)
-
-
-BETA = 0.5
-
-
-def test_a_global_number_makes_a_new_recording(monkeypatch):
-    def change(i):
-        monkeypatch.setattr("test_compiled.BETA", 0.1 + 0.1 * (i // 6))
-
-    assert_follows(scaled_pair(lambda: BETA), change, recordings=2)
-
-
-def test_an_attribute_makes_a_new_recording():
-    class Pair(nn.Module):
-        beta = 1.0
-
-        def __init__(self):
-            super().__init__()
-            self.model, self.guide = scaled_pair(lambda: self.beta)
-
-    pair = Pair()
-    pair.beta = 0.2
-    assert_follows((pair.model, pair.guide), lambda i: setattr(pair, "beta", 0.2 + 0.1 * (i // 6)), recordings=2)
-
-
-def test_a_number_that_always_changes_is_given_up_on_by_name():
-    box = {"beta": 0.1}
-    pair, compiled = scaled_pair(lambda: box["beta"]), CompiledELBO(Trace_ELBO(), backend="eager")
-
-    def anneal():
-        for i in range(15):
-            box["beta"] = 0.1 + 0.01 * i
-            assert gradients(compiled, *pair, Y)[0] == pytest.approx(gradients(Trace_ELBO(), *pair, Y)[0], rel=1e-6)
-
-    with pytest.warns(UserWarning, match="'beta' of a dict is another in each call") as caught:
-        anneal()
-    assert len(caught) == 1
-
-
-def test_shapes_and_modes_have_recordings_of_their_own_and_few_are_kept():
-    torch.manual_seed(0)
-    vae = VAE(
-        StandardNormal(2),
-        ConditionalBernoulli(nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5)), (4, 4), features=8),
-        small_vae().posterior,
-    )
-    compiled, elbo = CompiledELBO(Trace_ELBO(), backend="eager", cache_size=3), Trace_ELBO()
-    for epoch in range(3):
-        for rows, train in ((6, True), (6, False), (4, True)):
-            vae.train(train)
-            got, expected = (gradients(e, vae.model, vae.guide, X[:rows]) for e in (compiled, elbo))
-            assert got[0] == pytest.approx(expected[0], rel=1e-6)
-        assert sum(map(len, compiled._plans.values())) == (2 if epoch == 0 else 3)  # the first call is Pyro's
-    for rows in (1, 2, 3, 5):
-        compiled.loss_and_grads(vae.model, vae.guide, X[:rows])
-    assert sum(map(len, compiled._plans.values())) == 3
-
-
-def test_batch_norm_keeps_its_statistics_moving():
-    def pair():
-        torch.manual_seed(1)
-        encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-        loc_scale = encoder
-
-        def model(x):
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-                pyro.sample("x", dist.Bernoulli(logits=z.sum(-1)[:, None, None].expand_as(x)).to_event(2), obs=x)
-
-        def guide(x):
-            pyro.module("encoder", encoder)
-            with pyro.plate("data", len(x)):
-                loc, raw = loc_scale(x).chunk(2, -1)
-                pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-        return encoder, model, guide
-
-    statistics = []
-    for elbo in (Trace_ELBO(), CompiledELBO(Trace_ELBO(), backend="eager")):
-        pyro.clear_param_store()
-        encoder, *functions = pair()
-        for _ in range(6):
-            gradients(elbo, *functions, X)
-        statistics.append((encoder[2].running_mean.clone(), encoder[2].num_batches_tracked.item()))
-    torch.testing.assert_close(statistics[0][0], statistics[1][0])
-    assert statistics[0][1] == statistics[1][1] == 6
-
-
-def test_new_parameters_are_seen():
-    vae = small_vae(full=False)
-    compiled = CompiledELBO(Trace_ELBO(), backend="eager")
-    for _ in range(3):
-        gradients(compiled, vae.model, vae.guide, X)
-    vae.likelihood.head.weight = nn.Parameter(0.5 * vae.likelihood.head.weight.detach())
-    pyro.clear_param_store()
-    for _ in range(3):
-        got, expected = (gradients(e, vae.model, vae.guide, X) for e in (compiled, Trace_ELBO()))
-        assert got[0] == pytest.approx(expected[0], rel=1e-6)
-        torch.testing.assert_close(got[1], expected[1])
-
-
-def test_frozen_parameters_are_seen():
-    vae = small_vae(full=False)
-    weight, compiled = vae.posterior.head.weight, CompiledELBO(Trace_ELBO(), backend="eager")
-    for i in range(12):
-        weight.requires_grad_(i % 6 < 3)
-        vae.zero_grad()
-        compiled.loss_and_grads(vae.model, vae.guide, X)
-        assert (weight.grad is not None) == (i % 6 < 3)
-        assert vae.likelihood.head.weight.grad is not None
-
-
-def test_handlers_around_the_call_are_obeyed():
-    pair, elbo = vae_pair(small_vae), Trace_ELBO()
-    compiled = CompiledELBO(elbo, backend="eager")
-    for i in range(8):
-        with poutine.scale(scale=1.0 + i):
-            losses = [gradients(e, *pair, X)[0] for e in (compiled, elbo)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-        assert gradients(compiled, *pair, X)[0] == pytest.approx(losses[1] / (1 + i), rel=1e-5)
-
-
 # -- where no graph can be had ----------------------------------------------------------------------------------------
 
 
@@ -394,7 +189,7 @@ def test_decisions_by_value_run_as_they_are_and_are_named(how):
             torch.manual_seed(seed)
             assert got == Trace_ELBO().loss_and_grads(*pair, Y)
 
-    with pytest.warns(UserWarning, match=r"test_compiled\.py:\d+: .*# here") as caught:
+    with pytest.warns(UserWarning, match=r"test_elbo\.py:\d+: .*# here") as caught:
         run()
     assert len(caught) == 1
 
@@ -463,85 +258,6 @@ def test_watch_names_what_changed():
     assert watch.changed() is None
     vae.likelihood.extra = 1
     assert watch.changed() == "an attribute of ConditionalBernoulli"
-
-
-# -- fit --------------------------------------------------------------------------------------------------------------
-
-
-def run_fit(compile, *, rows=100, batch_size=32, epochs=6, **options):
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    vae = linear_vae(2, 5)
-    x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(2)) @ torch.randn(
-        5, 5, generator=torch.Generator().manual_seed(3)
-    )
-    result = fit(
-        vae.model, vae.guide, x, num_epochs=epochs, batch_size=batch_size, learning_rate=0.01, seed=1, compile=compile,
-        progress=False, **options,
-    )  # fmt: skip
-    return vae, result
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"clip_norm": 1.0},
-        {"scheduler": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)},
-        {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3), "clip_norm": 1.0},
-    ],
-    ids=["adam", "clipped", "scheduled", "sgd"],
-)
-def test_compiled_fit_takes_the_steps_of_the_plain_one(options):
-    """Four batches an epoch, the last of four rows: the whole step, and steps beside it, are those of torch's Adam."""
-    plain, expected = run_fit(False, **options)
-    compiled, result = run_fit(True, **options)
-    assert result.num_steps == expected.num_steps == 24
-    assert result.loss == pytest.approx(expected.loss, rel=2e-4)
-    for a, b in zip(compiled.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
-
-
-def test_replayed_fit_is_the_plain_one_to_the_last_digit():
-    plain, replayed = (run_fit(False, loss=loss)[1] for loss in (None, CompiledELBO(backend="eager")))
-    assert replayed.loss == pytest.approx(plain.loss, rel=1e-6)
-
-
-def test_three_hundred_compiled_steps_end_where_pyros_do():
-    ends = [run_fit(how, rows=96, epochs=100)[1] for how in (False, True)]
-    assert ends[0].num_steps == 300
-    assert ends[0].loss[0] > ends[0].loss[-1] + 1
-    mean = [sum(end.loss[-20:]) / 20 for end in ends]
-    assert mean[0] == pytest.approx(mean[1], abs=0.02)
-
-
-def bad_fit(compile):
-    """The message, and the weights it leaves behind."""
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-    vae = linear_vae(2, 5)
-    x = torch.randn(64, 5)
-    x[37] = 1e25  # finite, but its square is not
-    with pytest.raises(ValueError, match=r"stopped before step \d+.*row 37 of the data") as caught:
-        fit(vae.model, vae.guide, x, num_epochs=1, batch_size=4, compile=compile, seed=3, progress=False)
-    return str(caught.value).replace("loss nan", "loss inf"), [p.detach() for p in vae.parameters()]
-
-
-@pytest.mark.parametrize("deferred", [False, True])
-def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(monkeypatch, deferred):
-    expected = bad_fit(False)
-    if deferred:  # as where the device would have to be waited for
-        original = Steps.__init__
-
-        def init(self, *args):
-            original(self, *args)
-            self._deferred = True
-
-        monkeypatch.setattr(Steps, "__init__", init)
-    for compile in (True, False):
-        message, weights = bad_fit(compile)
-        assert message == expected[0]
-        torch.testing.assert_close(weights, expected[1], rtol=1e-3, atol=1e-5)
 
 
 def test_parameters_that_pyro_does_not_know_have_gradients():
