@@ -140,7 +140,7 @@ class ConvDecoder(nn.Module):
             fan_in, fan_out = channels[i], channels[min(i + 1, len(channels) - 1)]
             # (s - 1)·2 - 2 + 3 + extra = large: `extra` undoes the rounding of the halving
             extra = tuple(b - 2 * a + 1 for a, b in zip(small, large, strict=True))
-            layers += [nn.ConvTranspose2d(fan_in, fan_out, 3, 2, 1, output_padding=extra), activation()]
+            layers += [nn.ConvTranspose2d(fan_in, fan_out, 3, 2, 1, output_padding=extra), activation()]  # type: ignore[arg-type]
         self.convolutions = nn.Sequential(*layers)
         self.out_features = (channels[-1], *sizes[-1])
 
@@ -171,7 +171,7 @@ class MaskedInput(nn.Module):
 
     @property
     def out_features(self) -> int | tuple[int, ...]:
-        return self.network.out_features
+        return self.network.out_features  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         missing = x.isnan()

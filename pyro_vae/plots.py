@@ -61,7 +61,7 @@ def plot_training(
             (line,) = ax.plot(np.arange(1, len(values) + 1), values, style, marker=marker, color=colour, label=name)
             colour = line.get_color()
     ax.set(xlabel="epoch", ylabel=f"{quantity} (nats per data point)")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     ax.legend(frameon=False)
     return _lean(ax)
 
@@ -214,7 +214,7 @@ def plot_latent_usage(kl: Any, active: Any, *, label: str | None = None, ax: Axe
     ax.bar(np.arange(len(kl)), kl[order], color=np.where(active[order], "tab:blue", "0.7"))
     title = f"{int(active.sum())} of {len(active)} active, {kl.sum():.2f} nats"
     ax.set(xlabel="latent dimension, sorted", ylabel="KL(q‖p) (nats)", title=f"{label}: {title}" if label else title)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     return _lean(ax)
 
 
@@ -256,11 +256,11 @@ def plot_embedding(
         names = range(classes.max() + 1) if class_names is None else class_names
         # up to ten classes get colours that are told apart, more of them a scale of even lightness steps
         colours = np.array(
-            matplotlib.colormaps["tab10"].colors
+            matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
             if len(names) <= 10
             else matplotlib.colormaps["viridis"](np.linspace(0, 1, len(names)))[:, :3]
         )
-        ax.scatter(*points.T, c=colours[classes], **style)  # all at once: no class is drawn over the others
+        ax.scatter(*points.T, c=colours[classes], **style)  # type: ignore[misc]  # all at once: no class is drawn over the others
         for name, colour in zip(names, colours, strict=False):
             ax.scatter([], [], s=40, color=colour, label=name)
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, handletextpad=0.2)

@@ -11,6 +11,7 @@ schedulers, checkpoints and further eager steps go on with; the learning rate is
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class WholeStep:
         self.resume()
 
     @staticmethod
-    def fits(optimizer: torch.optim.Optimizer, graph: Graph) -> bool:
+    def fits(optimizer: torch.optim.Optimizer, graph: Graph) -> TypeGuard[torch.optim.Adam]:
         """Whether an optimizer is an Adam that this can stand in for, on all that the graph moves."""
         if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
             return False

@@ -52,6 +52,9 @@ class _Captured:
         self.run, self.held = run, held
         self.left = 3.0  # runs before the capture, in which libraries set themselves up
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.places: list[int] = []
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
         if self.left:

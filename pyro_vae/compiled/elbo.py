@@ -207,7 +207,8 @@ class CompiledELBO(ELBO):
         if any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             return None  # handlers around the call, which may be others in the next
         leaves, spec = pytree.tree_flatten((args, kwargs or {}))
-        inputs, static = [], []
+        inputs: list[Tensor] = []
+        static: list[Any] = []
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
         for leaf in leaves:
             if isinstance(leaf, float):
@@ -255,7 +256,8 @@ class CompiledELBO(ELBO):
         plans = self._plans[key]
         if self._recorded.get(key, 0) >= self.cache_size:
             what = next((w for w in (plan.watch.changed() for plan in reversed(plans)) if w), "a parameter")
-            return self._refuse(key, f"{what} is another in each call; try a tensor, or an argument of the model")
+            self._refuse(key, f"{what} is another in each call; try a tensor, or an argument of the model")
+            return None
         store = pyro.get_param_store()
         state, known = random_state(), set(store.keys())
         positions = [isinstance(leaf, (Tensor, float)) for leaf in call.leaves]
@@ -282,10 +284,12 @@ class CompiledELBO(ELBO):
             results, gradients, graph = record_gradients(run, *inputs[:-1], weight=inputs[-1])
         except Untraceable as error:
             set_random_state(state)
-            return self._refuse(key, str(error))
+            self._refuse(key, str(error))
+            return None
         if not gradients and not stored and not has_differentiable_loss(self.elbo):
             set_random_state(state)
-            return self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
+            self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
+            return None
         if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there
             set_random_state(state)
             return None
@@ -295,7 +299,8 @@ class CompiledELBO(ELBO):
         while sum(map(len, self._plans.values())) > self.cache_size:
             oldest = next(key for key, kept in self._plans.items() if kept)
             self._plans[oldest].pop(0)
-        return LossAndGradients(*results, list(zip(graph.leaves, gradients, strict=True))), list(stored)
+        loss, norm = results
+        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(stored)
 
     def _refuse(self, key: tuple, reason: str) -> None:
         if not any(k[:2] == key[:2] for k in self._refused):

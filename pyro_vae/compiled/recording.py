@@ -19,7 +19,7 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -103,13 +103,15 @@ def _record(
 ) -> tuple[list[Tensor], list[Tensor], Graph]:
     handler = _Handler()
     values: list[Tensor] = []
+    num_results = 0
 
     def recorded(*inputs: Tensor) -> list[Tensor]:
         nonlocal num_results
+        own = inputs
         if weight is not None:
-            *inputs, handler.weight = inputs
+            own, handler.weight = inputs[:-1], inputs[-1]
         with handler:
-            results = list(function(*inputs))
+            results = list(function(*own))
         gradients = list(handler.gradients.values())
         if weight is not None:
             norms = [torch.linalg.vector_norm(g) for g in gradients]
@@ -118,13 +120,14 @@ def _record(
         values.extend(t.detach() for t in (*results, *gradients))
         return [*results, *gradients]
 
-    num_results = 0
     try:
         with recording(), pyro.validation_enabled(False):
             module = make_fx(recorded)(*inputs)
     except Exception as error:
         raise Untraceable(_place(error)) from error
     tensors, leaves = _lift(module), list(handler.gradients)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        raise Untraceable("it draws from a random generator of its own")
     known = {id(t) for t in tensors}
     if any(t.requires_grad and not t.is_leaf for t in tensors):
         raise Untraceable("a tensor that was computed outside of the function requires a gradient")
@@ -137,7 +140,8 @@ def _record(
 
 def _lift(module: GraphModule) -> list[Tensor]:
     """Turns the tensors that a graph holds into its first inputs, and returns them."""
-    graph, lifted = module.graph, {}
+    graph = module.graph
+    lifted: dict[int, tuple[Tensor, Node]] = {}
     first = next(iter(graph.nodes))
     for node in list(graph.nodes):
         if node.op == "get_attr":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph as Nodes
 from torch.fx import GraphModule, Node
@@ -42,13 +44,14 @@ def _sum_bernoulli(nodes: Nodes, node: Node) -> None:
         path.append(users[0])
     _, _, view, total = path
     logits, x, *options = node.args
-    if options not in ([], [None, None, 0]) or node.kwargs or list(total.args[1]) != [-1] or len(total.args) > 2:
+    dims: Any = total.args[1]
+    if options not in ([], [None, None, 0]) or node.kwargs or list(dims) != [-1] or len(total.args) > 2:
         return
     shape = list(view.meta["val"].shape)
     size = shape[-1]
     group = max(g for g in range(1, 101) if size % g == 0)
 
-    def call(target: object, *args: object) -> Node:
+    def call(target: Any, *args: Any) -> Node:
         return nodes.call_function(target, args)
 
     with nodes.inserting_before(total):

@@ -69,7 +69,7 @@ class Conditional(Broadcasting):
             return
         self.head = _head(_width(network) if features is None else features, self._shapes, type(self).__name__)
         with torch.no_grad():  # every parameter but the first starts at its neutral value
-            first = self.head.out_channels // len(self._shapes) if self._is_map else prod(self._shapes[0])
+            first = self.head.out_channels // len(self._shapes) if self._is_map else prod(self._shapes[0])  # type: ignore[operator]
             self.head.weight[first:] = 0.0
             self.head.bias[first:] = 0.0
 
@@ -90,7 +90,7 @@ class Conditional(Broadcasting):
             parts = self.free.split([prod(shape) for shape in self._shapes])
             return self.distribution(*(p.reshape(s) for p, s in zip(parts, self._shapes, strict=True)))
         for x in inputs:
-            self._check(x)
+            self.check(x)
         batch, rows = self.rows(inputs, event_dims)
         return self.from_features(self.network(*rows), batch)
 
@@ -129,7 +129,8 @@ class Conditional(Broadcasting):
             return positive(raw, smallest)
         return value() if isinstance(value, nn.Module) else value
 
-    def _check(self, x: Tensor) -> None:
+    def check(self, x: Tensor) -> None:
+        """Raises TypeError or ValueError for inputs of another dtype, or on another device, than the weights."""
         weight = self.head.weight
         if x.dtype != weight.dtype:
             raise TypeError(

@@ -107,7 +107,8 @@ class Observed(dist.TorchDistribution):
             return _log_prob(self.complete, value)
         parts = zip(self._parts, value.split(self._sizes, -1), strict=True)
         dims = tuple(range(-len(self.event_shape), 0))
-        return sum(_log_prob(_elements(part), x).sum(dims) for part, x in parts)
+        first, *others = (_log_prob(_elements(part), x).sum(dims) for part, x in parts)
+        return sum(others, first)
 
 
 class _OrMissing(constraints.Constraint):

@@ -57,11 +57,11 @@ class ConditionalMultivariateNormal(Conditional):
         d = prod(shape)
         super().__init__(network, shape, features=features, parameter_shapes=[(d,), (d,), (d * (d - 1) // 2,)])
         row, column = torch.tril_indices(d, d, offset=-1)
-        self.register_buffer("_strictly_lower", row * d + column, persistent=False)
+        self.register_buffer("strictly_lower", row * d + column, persistent=False)
 
     def distribution(self, loc: Tensor, raw_scale: Tensor, lower: Tensor) -> Any:
         d, batch = loc.shape[-1], loc.shape[:-1]
-        flat = lower.new_zeros(*batch, d * d).index_copy(-1, self._strictly_lower, lower / sqrt(d))
+        flat = lower.new_zeros(*batch, d * d).index_copy(-1, self.strictly_lower, lower / sqrt(d))  # type: ignore[arg-type]
         scale, lower = positive(raw_scale), flat.unflatten(-1, (d, d))
         return MultivariateNormal(loc, event_shape=self.event_shape, scale=scale, lower=lower)
 

@@ -50,12 +50,13 @@ class ConditionalProduct(Broadcasting):
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
         if self._shares and inputs:
-            for part in self.parts:
+            parts = [part for part in self.parts if isinstance(part, Conditional)]
+            for part in parts:
                 for x in inputs:
-                    part._check(x)
+                    part.check(x)
             batch, rows = self.rows(inputs, event_dims)
-            features = self.parts[0].network(*rows)
-            return Product([part.from_features(features, batch) for part in self.parts])
+            features = parts[0].network(*rows)
+            return Product([part.from_features(features, batch) for part in parts])
         return Product([condition(part, *inputs, event_dims=event_dims, role="part") for part in self.parts])
 
 

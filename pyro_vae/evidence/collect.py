@@ -65,5 +65,5 @@ def collect(
                     summary.update(log_weight)
                     bar.update(log_weight.numel())
                 parts.append((*summary.result(), summary.num_zero))
-    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Evidence(*columns[:4], num_particles, bound, method, columns[4])
+    value, error, ess, khat, num_zero = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero)

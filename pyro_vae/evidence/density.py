@@ -127,7 +127,8 @@ class LatentDensity:
         handler = Constrain(self._coordinates.split(u))
         sampler, count = self.sampler, len(u)
         trace = sampler.run(handler(sampler.model), count, self.rows, enumerate_sites=self.discrete)
-        log_det = sum(self.layout.sum_to_points(name, value, self.rows) for name, value in handler.log_dets.items())
+        first, *others = (self.layout.sum_to_points(n, value, self.rows) for n, value in handler.log_dets.items())
+        log_det = sum(others, first)
         prior, likelihood = sampler.log_prior_likelihood(trace, count, self.rows, summed=self.discrete)
         return prior + log_det, likelihood, log_det, handler.latents
 

@@ -28,7 +28,7 @@ from pyro_vae.particles.sampler import ParticleSampler
 __all__ = ["PASSES", "importance_sampling", "prior_sampling"]
 
 # how `collect` cuts work for generated code: it makes half the tensors, and rows share what is done once for each
-PASSES = {"tensors": 0.5, "together": 128}
+PASSES: dict[str, Any] = {"tensors": 0.5, "together": 128}
 
 
 def importance_sampling(

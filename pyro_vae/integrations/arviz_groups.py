@@ -42,14 +42,13 @@ class _Groups:
         size: tuple[int, ...] = (),
     ) -> None:
         """Takes a variable ([draws], *batch, *event), or the part of it that belongs at the slices `at` of `size`."""
-        value = value.detach().cpu().numpy()
+        array: np.ndarray = value.detach().cpu().numpy()
         if at is not None:
-            known = self._arrays[group].get(name)
-            array = np.empty(size + value.shape[len(size) :], value.dtype) if known is None else known[0]
-            array[at] = value
-            value = array
-        names = self._names(name, value.ndim - draws, batch)
-        self._arrays[group][name] = value, names, draws
+            part, known = array, self._arrays[group].get(name)
+            array = np.empty((*size, *part.shape[len(size) :]), part.dtype) if known is None else known[0]
+            array[at] = part
+        names = self._names(name, array.ndim - draws, batch)
+        self._arrays[group][name] = array, names, draws
 
     def _names(self, name: str, ndim: int, batch: Sequence[str | None]) -> list[str]:
         """Names of the dimensions of a variable, the same in every group; its log-likelihood has the first of them."""

@@ -83,7 +83,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         with torch.random.fork_rng(), pyro.get_param_store().scope():
             torch.manual_seed(seed)
             self.vae_ = (self.build or self._build)(x.shape[1], self.n_components)
-            options = {"num_epochs": self.num_epochs, "batch_size": self.batch_size, "progress": False}
+            options: dict[str, Any] = {"num_epochs": self.num_epochs, "batch_size": self.batch_size, "progress": False}
             result = fit(self.vae_.model, self.vae_.guide, x, learning_rate=self.learning_rate, seed=seed, **options)
         self.loss_ = np.array(result.loss)
         return self

@@ -49,17 +49,17 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
         torch.Size([2])
     """
     _check_layers(layers, "fit_layers")
-    data = {"data": data, "validation_data": options.pop("validation_data", None)}
-    data = {name: _rows(x, name) for name, x in data.items() if x is not None}
+    given = {"data": data, "validation_data": options.pop("validation_data", None)}
+    rows: dict[str, Any] = {name: _rows(x, name) for name, x in given.items() if x is not None}
     checkpoint = options.pop("checkpoint", None)
     results = []
     for i, layer in enumerate(layers, start=1):
         if checkpoint is not None:
             path = Path(checkpoint)
             options["checkpoint"] = path.with_name(f"{path.stem}_{i}{path.suffix}")
-        results.append(fit(layer.model, layer.guide, **data, **options))
+        results.append(fit(layer.model, layer.guide, **rows, **options))
         if i < len(layers):
-            data = {name: _codes(layer, x) for name, x in data.items()}
+            rows = {name: _codes(layer, x) for name, x in rows.items()}
     return results
 
 

@@ -251,7 +251,7 @@ class VAE(nn.Module):
             if not clashes:
                 break
         for p in mine.values():
-            p._pyro_vae = True
+            p._pyro_vae = True  # type: ignore[attr-defined]
         self._registered = candidate
         return candidate
 

@@ -114,7 +114,7 @@ class _Registrations(Messenger):
     def _pyro_post_param(self, msg: dict) -> None:
         value = msg["value"]
         unconstrained = getattr(value, "unconstrained", None)
-        if hasattr(value, "_pyro_unconstrained_param"):  # of a PyroModule
+        if hasattr(value, "_pyro_unconstrained_param"):  # the rows of one that a plate subsamples
             value = value._pyro_unconstrained_param
         elif unconstrained is not None:
             value = unconstrained()

@@ -95,7 +95,7 @@ def find_rows(
         A look at a few rows, and the positions and names of the arguments that were cut for it; None where no
         arguments can be cut, and all rows have to pass together.
     """
-    arguments = [*enumerate(args), *kwargs.items()]
+    arguments: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
     lengths = {key: len(a) for key, a in arguments if isinstance(a, Tensor) and a.dim() and len(a) >= WINDOW}
     for length in dict.fromkeys(lengths.values()):
         keys = [key for key, n in lengths.items() if n == length]

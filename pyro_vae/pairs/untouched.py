@@ -47,13 +47,15 @@ class Untouched:
 
     def __enter__(self) -> Untouched:
         for owner in all_owners(*self.functions):
-            for part in owner.modules() if isinstance(owner, nn.Module) else [owner]:
-                self._remember(part)
+            if isinstance(owner, nn.Module):
+                self._remember_all(owner)
+            else:
+                self._remember(owner)
         self._names = set(pyro.get_param_store().keys())
         self._made = _Made(self._names)
         self._made.__enter__()
         self._hook = torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: [self._remember(part) for part in module.modules()] and None
+            lambda module, _: self._remember_all(module)
         )
         return self
 
@@ -79,6 +81,10 @@ class Untouched:
                 del store[name]
         unknown = {name: value for name, value in store.named_parameters() if store.param_name(value) is None}
         store.set_state({"params": unknown, "constraints": {}})
+
+    def _remember_all(self, module: nn.Module) -> None:
+        for part in module.modules():
+            self._remember(part)
 
     def _remember(self, thing: Any) -> None:
         if id(thing) in self._objects or not hasattr(thing, "__dict__") or isinstance(thing, type):

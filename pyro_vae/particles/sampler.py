@@ -19,7 +19,7 @@ effective sample size functions of them. This file draws them and knows traces a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import reduce
 from math import inf
@@ -155,7 +155,7 @@ class ParticleSampler:
         num_particles: int,
         rows: slice | None = None,
         *,
-        enumerate_sites: set[str] = frozenset(),
+        enumerate_sites: Collection[str] = (),
         replay: poutine.Trace | None = None,
     ) -> poutine.Trace:
         """Traces `function` (the model, the guide or a handled version of them) under the particle plate.
@@ -248,7 +248,7 @@ class ParticleSampler:
         return reduce(torch.logical_or, found) if found else None
 
     def log_posterior(
-        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: set[str] = frozenset()
+        self, trace: poutine.Trace, num_particles: int, rows: slice | None, *, summed: Collection[str] = ()
     ) -> Tensor:
         """log q(z|x) of a trace of the guide in which the sites `summed` are enumerated, (K, N)."""
         if not summed:

@@ -66,7 +66,7 @@ def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "
         drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))
     latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.pair.latents}
     inputs = {i: a for i, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
-    replaced = {}
+    replaced: dict[Any, Tensor] = {}
     for name, site in observed.items():
         value = site["value"]
         keys = [

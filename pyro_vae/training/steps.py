@@ -92,7 +92,7 @@ class Steps:
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
             if self._deferred:
-                self.optimizer.found_inf = self._stopped.float()
+                self.optimizer.found_inf = self._stopped.float()  # type: ignore[attr-defined]
             if self._whole is not None:
                 self._whole.settle()
             self.optimizer.step()

@@ -314,3 +314,22 @@ def test_what_cannot_be_captured_runs_without_a_cuda_graph(monkeypatch):
     with pytest.warns(UserWarning, match="no CUDA graph .* not permitted when stream is capturing$"):
         assert run(held, torch.tensor(4.0))[0].tolist() == [5.0] * 2
     assert run(held, torch.tensor(5.0))[0].tolist() == [6.0] * 2  # and says so once
+
+
+def test_a_random_generator_of_the_models_own_is_not_recorded():
+    def model(x):
+        shift = torch.randn((), generator=torch.Generator().manual_seed(0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + shift, 1.0), obs=x)
+
+    def guide(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    compiled = CompiledELBO(Trace_ELBO(), backend="eager")
+    x = torch.randn(5)
+    with pytest.warns(UserWarning, match="it draws from a random generator of its own"):
+        losses = [compiled.loss_and_grads(model, guide, x) for _ in range(4)]
+    assert all(torch.isfinite(torch.tensor(losses)))
