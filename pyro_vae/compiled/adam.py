@@ -48,7 +48,7 @@ class WholeStep:
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, graph: Graph) -> TypeGuard[torch.optim.Adam]:
-        """Whether an optimizer is an Adam that this can stand in for, on all that the graph moves."""
+        """Whether the optimizer is an Adam that this class can replace, for every parameter that the graph moves."""
         if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
             return False
         group = optimizer.param_groups[0]
@@ -79,13 +79,13 @@ class WholeStep:
         return loss, norm
 
     def settle(self, skipped: int = 0) -> None:
-        """Tells the optimizer how many steps were taken for it; `skipped` of them were not."""
+        """Sets the optimizer's step counts to the steps taken on its behalf, less those that were `skipped`."""
         self._steps -= skipped
         for count in self._counts:
             count.fill_(self._steps)
 
     def resume(self) -> None:
-        """Goes on where the optimizer is."""
+        """Takes the step count over from the optimizer."""
         self._steps = int(self._counts[0]) if self._counts else 0
 
     def _trace(self, arguments: list[Tensor]) -> torch.fx.GraphModule:

@@ -14,7 +14,7 @@ __all__ = ["generate"]
 
 
 def generate(module: GraphModule, held: list[Tensor], inputs: list[Tensor]) -> Callable:
-    """Fast code for a graph, by torch's inductor; where that cannot be had, the graph, and one hint what is missing.
+    """Compiles a graph with torch's inductor. If that fails, returns the graph itself and says once what is missing.
 
     Args:
         module: the graph, of `held` and `inputs`.
@@ -24,7 +24,7 @@ def generate(module: GraphModule, held: list[Tensor], inputs: list[Tensor]) -> C
     _keep_freed_memory()
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
-        node.meta.clear()  # of the recording: inductor takes its own
+        node.meta.clear()  # inductor makes its own
     run: Callable = module.forward
     try:
         with torch.no_grad(), warnings.catch_warnings():

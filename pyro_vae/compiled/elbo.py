@@ -60,7 +60,7 @@ class _Plan:
     graph: Graph
     watch: Watch
     stored: dict[str, Tensor]  # of Pyro's parameter store: {name: unconstrained tensor}
-    kept: Any  # arguments known by identity
+    kept: Any  # arguments that are compared by identity
 
     def __post_init__(self) -> None:
         self.properties = self._properties()
@@ -74,7 +74,7 @@ class _Plan:
         )
 
     def _properties(self) -> list[tuple]:
-        """What a user may change of a tensor that stays: frozen, moved to a device."""
+        """What a user may change about a tensor without replacing it, such as freezing it or moving it to a device."""
         return [(t.requires_grad, t.device, t.dtype, t.shape) for t in self.graph.tensors]
 
 
@@ -96,8 +96,8 @@ class CompiledELBO(ELBO):
     records, the third compiles (seconds); calls after these replay. Draws, subsamples of plates and score-function
     terms are recorded as operations: random stays random.
 
-    Where a model decides by values what to do next (`if`, `.item()`, numpy) no graph can be had: then Pyro runs as it
-    is, and one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.)
+    A model that decides by values what to do next (`if`, `.item()`, numpy) has no graph. Pyro then runs as it is, and
+    one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.)
     So it does for arguments that require a gradient, and under effect handlers
     around the call.
 
@@ -136,9 +136,9 @@ class CompiledELBO(ELBO):
             raise ValueError(f"cache_size: expected at least 1, got {cache_size}.")
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size
-        self._plans: OrderedDict[tuple, list[_Plan]] = OrderedDict()  # by signature, the last used at the end
-        self._met: set[tuple] = set()  # pairs that ran once, so that their parameters are there
-        self._recorded: dict[tuple, int] = {}  # how often, without a replay since
+        self._plans: OrderedDict[tuple, list[_Plan]] = OrderedDict()  # by signature, the most recently used last
+        self._met: set[tuple] = set()  # pairs that have run once, so that their parameters exist
+        self._recorded: dict[tuple, int] = {}  # recordings of a signature since its last replay
         self._refused: set[tuple] = set()
         self._steps = count()
 
@@ -152,7 +152,9 @@ class CompiledELBO(ELBO):
         return self.elbo.loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """The loss; adds its gradients to the parameters'. Passes the parameters by, as `pyro.infer.SVI` expects."""
+        """Returns the loss and adds its gradients to the parameters'.
+
+        It calls `pyro.param` for each of them, which is how `pyro.infer.SVI` learns what to step."""
         schedule = annealed(self.elbo)
         if schedule is not None:  # it moves between recordings, not in them
             schedule.set_step(next(self._steps))
@@ -182,7 +184,7 @@ class CompiledELBO(ELBO):
     def loss_and_gradients(
         self, model: Callable, guide: Callable, args: tuple, weight: Tensor, *, generate_code: bool = True
     ) -> LossAndGradients | None:
-        """The loss, and the gradients of weight × loss, which are added nowhere; None where no graph can be had.
+        """The loss and the gradients of weight × loss, which are not added to `.grad`; None if the pair has no graph.
 
         Args:
             model: the model.
@@ -200,12 +202,12 @@ class CompiledELBO(ELBO):
     # -- recordings ---------------------------------------------------------------------------------------------------
 
     def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict | None = None) -> _Call | None:
-        """The recording that answers a call, if there is one; None where Pyro has to run as it is."""
+        """The recording for a call, if there is one; None if Pyro must run as it is."""
         if (model, guide) not in self._met:
             self._met.add((model, guide))
             return None
         if any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
-            return None  # handlers around the call, which may be others in the next
+            return None  # the handlers around the next call may be different ones
         leaves, spec = pytree.tree_flatten((args, kwargs or {}))
         inputs: list[Tensor] = []
         static: list[Any] = []
@@ -235,7 +237,7 @@ class CompiledELBO(ELBO):
         weight: Tensor | None = None,
         generate_code: bool = True,
     ) -> tuple[LossAndGradients, list[str]] | None:
-        """Loss and gradients, and the names of the parameters; None where Pyro has to run as it is."""
+        """Loss, gradients and names of the parameters; None if Pyro must run as it is."""
         call = self.find(model, guide, args, kwargs)
         if call is None:
             return None
@@ -267,7 +269,7 @@ class CompiledELBO(ELBO):
             args, kwargs = pytree.tree_unflatten([next(rest[p]) for p in positions], spec)
             with poutine.trace(param_only=True) as seen:
                 if has_differentiable_loss(self.elbo):
-                    # loss_and_grads leaves parameters alone that are not in Pyro's store, those of plain modules
+                    # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
                     loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
                     if isinstance(loss, Tensor) and loss.requires_grad:
                         loss.backward()
@@ -290,7 +292,7 @@ class CompiledELBO(ELBO):
             set_random_state(state)
             self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
             return None
-        if set(store.keys()) != known:  # a parameter was made on the way: the next call finds it there
+        if set(store.keys()) != known:  # the run made a parameter: record the next call, which finds it there
             set_random_state(state)
             return None
         watch = Watch(model, guide, self.elbo, *call.static)

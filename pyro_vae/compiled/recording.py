@@ -1,4 +1,4 @@
-r"""Graphs: any function of tensors as one graph of tensor operations, had by running it once.
+r"""Recording: running a function of tensors once turns it into one graph of tensor operations.
 
 The function runs as it is, effect handlers and all, while `torch.fx`'s `make_fx` writes down which operations it asks
 for. Replaying these costs none of the function's Python, and a code-generating backend can fuse them. What was a tensor
@@ -30,7 +30,7 @@ from pyro_vae.pairs.parameters import graph_leaves
 
 __all__ = ["Graph", "Untraceable", "record", "record_gradients"]
 
-# Pyro turns losses into floats to report them, and asks whether they are NaN, to warn
+# Pyro reads losses only to report them, and asks for NaN only to warn; neither changes what it does next
 READS_LOSSES = ("pyro.infer.", "pyro.distributions.util")
 ASKS_FOR_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")
 READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
@@ -39,11 +39,11 @@ COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_sele
 
 
 class Untraceable(RuntimeError):
-    """No graph can be had from this function: what it does next depends on values."""
+    """The function has no graph: what it does next depends on values."""
 
 
 class Graph:
-    """A recorded function: call it with as many tensors of the same shapes.
+    """A recorded function of tensors. Call it with the same number of tensors, of the same shapes.
 
     Args:
         module: the graph; its inputs are `tensors`, then the function's own.
@@ -67,14 +67,14 @@ class Graph:
         return list(outputs[: self.num_results]), list(outputs[self.num_results :])
 
     def generate_code(self, *inputs: Tensor) -> None:
-        """Goes on with code that torch's inductor generates, where it can. `inputs` are examples."""
+        """Switches to code that torch's inductor generates, if it can. `inputs` are examples."""
         if not self.generated:
             self.generated = True
             self._run = generate(self.module, self.tensors, list(inputs))
 
 
 def record(function: Callable, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor], Graph]:
-    """Runs a function of tensors once and records it, with its backward pass.
+    """Runs a function of tensors once and records it together with its backward pass.
 
     Args:
         function: returns a list of tensors; it may call `Tensor.backward`, whose gradients are recorded instead of
@@ -91,7 +91,7 @@ def record(function: Callable, *inputs: Tensor) -> tuple[list[Tensor], list[Tens
 
 
 def record_gradients(function: Callable, *inputs: Tensor, weight: Tensor) -> tuple[list[Tensor], list[Tensor], Graph]:
-    """As `record`, with every `backward` that of weight × its tensor, and the norm of all gradients as last result.
+    """Like `record`, but `backward` differentiates weight × tensor, and the norm of all gradients is the last result.
 
     `weight` (0-dim) is the last input of the graph.
     """
@@ -133,13 +133,13 @@ def _record(
         raise Untraceable("a tensor that was computed outside of the function requires a gradient")
     if any(id(leaf) not in known for leaf in leaves):
         raise Untraceable("a parameter is made in each call")
-    module.graph.eliminate_dead_code()  # draws stay, whether they are used or not
+    module.graph.eliminate_dead_code()  # draws are kept even if unused, so that random numbers stay in step
     module.recompile()
     return values[:num_results], values[num_results:], Graph(module, tensors, leaves, num_results)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:
-    """Turns the tensors that a graph holds into its first inputs, and returns them."""
+    """Turns the tensors that a graph holds into its first inputs and returns them."""
     graph = module.graph
     lifted: dict[int, tuple[Tensor, Node]] = {}
     first = next(iter(graph.nodes))
@@ -155,7 +155,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
 
 
 class _Handler(TorchFunctionMode):
-    """What a recorded run may not do as usual.
+    """Handles the operations that a recorded run must not perform as usual.
 
     Attributes:
         gradients: {leaf: gradient} of every `Tensor.backward`.
@@ -166,7 +166,7 @@ class _Handler(TorchFunctionMode):
         super().__init__()
         self.gradients: dict[Tensor, Tensor] = {}
         self.weight: Tensor | None = None
-        self._made: dict[int, Tensor] = {}  # leaves of the function's own, whose gradients end with it
+        self._made: dict[int, Tensor] = {}  # leaves that the function makes for itself: their gradients are not wanted
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
@@ -178,7 +178,9 @@ class _Handler(TorchFunctionMode):
             return False
         if func is Tensor.register_hook and getattr(args[1], "__module__", "") in ASKS_FOR_NAN:
             return None
-        if func is Tensor.masked_select and _caller() == "pyro.infer.util":  # factors of a sum: zeros leave it as it is
+        if (
+            func is Tensor.masked_select and _caller() == "pyro.infer.util"
+        ):  # the factors are summed: a zero instead of a gap does not change that
             return torch.where(args[1], args[0], 0).reshape(-1)
         if func is Tensor.requires_grad_:
             self._made[id(args[0])] = args[0]

@@ -1,4 +1,12 @@
-"""Rewritings of a graph that spare what the matrix products do not cost."""
+r"""Rewritings of a graph that save work besides the matrix products.
+
+- a bias is added where its sum is used, not copied into the product's result beforehand;
+- the sum of Bernoulli log-likelihoods over D pixels with logits l takes D exponentials and D/G logarithms,
+
+      Σ_d log p(x_d|l_d) = Σ_d (x_d l_d − max(l_d, 0)) − Σ_groups log Π_{d in group} (1 + exp(−|l_d|)),
+
+  with groups of G ≤ 100: a product of so many factors in (1, 2] is at most 2¹⁰⁰, and no less exact than their logs.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +22,14 @@ aten = torch.ops.aten
 
 
 def rewrite(module: GraphModule) -> None:
-    """The two rewritings at the top of this file."""
+    """Applies both rewritings in place."""
     nodes = module.graph
     for node in list(nodes.nodes):
         if node.target is aten.addmm.default and not node.kwargs:
             bias, x, weight = node.args
             shape = list(node.meta["val"].shape)
             with nodes.inserting_before(node):
-                # a dimension more, or inductor makes it addmm again
+                # with one more dimension, or inductor turns it into addmm again
                 product = nodes.call_function(
                     aten.view.default, (nodes.call_function(aten.mm.default, (x, weight)), [1, *shape])
                 )
@@ -35,7 +43,7 @@ def rewrite(module: GraphModule) -> None:
 
 
 def _sum_bernoulli(nodes: Nodes, node: Node) -> None:
-    """Rewrites sum(view(neg(cross entropy)), −1), as Pyro asks for it."""
+    """Rewrites sum(view(neg(cross entropy)), −1), which is how Pyro sums Bernoulli log-likelihoods."""
     path = [node]
     for target in (aten.neg.default, aten.view.default, aten.sum.dim_IntList):
         users = list(path[-1].users)

@@ -1,4 +1,4 @@
-"""Watching what a function would read: numbers in closures, globals and attributes, and which tensors modules hold.
+"""Watching what a function reads: numbers in closures, globals and attributes, and the tensors that modules hold.
 
 A recorded graph keeps such numbers as they were. Whoever replays it asks first whether one of them has changed.
 """
@@ -44,12 +44,12 @@ class Watch:
         self._items: list[tuple[Callable, Any, Any, str]] = []  # how to read, what, the value, whose
         self._sizes: list[tuple[Any, int, str]] = []
         self._seen: set[int] = set()
-        self._kept: list[Any] = []  # so that no identity is used again
+        self._kept: list[Any] = []  # keeps them alive, so that no id is reused
         for root in roots:
             self._walk(root)
 
     def changed(self) -> str | None:
-        """The name of something that is not as it was, or None."""
+        """The name of something that has changed, or None."""
         for container, size, owner in self._sizes:
             if len(container) != size:
                 return f"an attribute of {owner}"

@@ -62,7 +62,6 @@ class Observed(dist.TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012
-    ignores_missing = True
 
     def __init__(self, complete: Any) -> None:
         self.complete = complete

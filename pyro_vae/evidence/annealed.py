@@ -200,7 +200,7 @@ class _Path:
         return log_weight
 
     def tuned(self, num_chains: int, num_temperatures: int, schedule: str) -> _Path:
-        """With temperatures and step sizes from a pilot run of other chains, in which nothing is fixed yet."""
+        """The same path with temperatures and step sizes from a pilot run of separate chains, which adapt freely."""
         pilot = _schedule(max(min(10, num_temperatures), num_temperatures // 4), schedule).to(self.shape.loc)
         pilot = pilot.unsqueeze(-1).expand(-1, len(self.shape.loc))
         steps = torch.full_like(pilot, self._longest / 2)

@@ -1,4 +1,4 @@
-"""Model comparison by held-out log p(x): which of several fits gives the same data more probability, and how surely."""
+"""Model comparison by held-out log p(x): which of several fits gives the data more probability, how surely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Comparison", "compare"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Of mean log p(x), one fit minus the other, nats per data point.
+    """Difference in mean log p(x), one fit minus the other, nats per data point.
 
     Attributes:
         mean: over the points where both are finite.

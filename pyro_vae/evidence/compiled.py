@@ -1,15 +1,8 @@
 r"""The evidence kernel: log-weights of new particles for some rows as one compiled graph.
 
 What `ParticleSampler.log_weight` does (guide, model, log-probabilities, their sum over event and inner plates) is
-recorded once for a number of particles and of rows, and replayed for all other rows. On the way to generated code two
-rewritings spare what the matrix products do not cost:
-
-- a bias is added where its sum is used, not copied into the product's result beforehand;
-- the sum of Bernoulli log-likelihoods over D pixels with logits l takes D exponentials and D/G logarithms,
-
-      Σ_d log p(x_d|l_d) = Σ_d (x_d l_d − max(l_d, 0)) − Σ_groups log Π_{d in group} (1 + exp(−|l_d|)),
-
-  with groups of G ≤ 100: a product of so many factors in (1, 2] is at most 2¹⁰⁰, and no less exact than their logs.
+recorded once for a number of particles and of rows, and replayed for all other rows. Generated code starts from the
+graph as `pyro_vae.compiled.rewriting` leaves it.
 """
 
 from __future__ import annotations
@@ -27,7 +20,7 @@ __all__ = ["CompiledLogWeight", "compiled_log_weight"]
 
 
 def compiled_log_weight(sampler: ParticleSampler, compile: bool | str, passes: int) -> CompiledLogWeight | None:
-    """What draws log-weights: by the number of passes, not by their time, so that a seed gives the same numbers again.
+    """Chooses how log-weights are drawn, by the number of passes and not by their time: a seed repeats its numbers.
 
     Args:
         sampler: of the pair.
@@ -58,7 +51,7 @@ class CompiledLogWeight:
         self._refused = False
 
     def __call__(self, num_particles: int, rows: slice) -> Tensor:
-        """log w, (K, rows), nats; data that are not finite or not in support are not looked for."""
+        """log w, (K, rows), nats, without a check for data that are not finite or outside of their support."""
         if self._refused:
             return self.sampler.log_weight(num_particles, rows, check=False)
         size = rows.stop - rows.start

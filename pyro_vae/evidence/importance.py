@@ -27,7 +27,7 @@ from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["PASSES", "importance_sampling", "prior_sampling"]
 
-# how `collect` cuts work for generated code: it makes half the tensors, and rows share what is done once for each
+# how `collect` cuts the work for generated code, which makes half the tensors; rows share what is done once per row
 PASSES: dict[str, Any] = {"tensors": 0.5, "together": 128}
 
 
@@ -213,7 +213,7 @@ def _compiled(
 
 
 def _from_guide(sampler: ParticleSampler, rows: slice, kernel: CompiledLogWeight | None) -> Callable[[int], Tensor]:
-    """Log-weights of fresh draws from the guide; the first pass looks at the data, if `_compiled` did not."""
+    """Log-weights of fresh draws from the guide; the first pass checks the data, unless `_compiled` did."""
     if kernel is None:
         first = iter([True])
         return lambda count: sampler.log_weight(count, rows, check=next(first, False))

@@ -96,7 +96,7 @@ class LogWeightSummary:
 
 
 def pareto_khat(log_weight: Tensor) -> Tensor:
-    """Pareto k-hat of K log-weights for each of N points; see the top of this module for its meaning.
+    """Pareto k-hat of K log-weights for each of N points; see `pyro_vae.evidence.evidence` for its meaning.
 
     Args:
         log_weight: (K, N), nats, up to a constant per point.

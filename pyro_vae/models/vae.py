@@ -236,7 +236,7 @@ class VAE(nn.Module):
         name, first = next(iter(self._trainable(role).items()))
         key = f"{self._registered}$$${role}.{name}"
         if key in store and store[key] is first:
-            return self._registered  # as ever, but for the first run
+            return self._registered  # the usual case, in every run but the first
         mine = {f"{r}.{n}": p for r in ("prior", "likelihood", "posterior") for n, p in self._trainable(r).items()}
         for candidate in chain([self._registered, self.name], (f"{self.name}_{i}" for i in count(2))):
             keys = {f"{candidate}$$${n}": p for n, p in mine.items()}

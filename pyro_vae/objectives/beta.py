@@ -97,8 +97,9 @@ class BetaELBO(TraceMeanField_ELBO):
         return self._now["capacity"].item() if "capacity" in self._now else None
 
     def set_step(self, step: int) -> None:
-        """Sets β and the capacity to those of a step. `fit` and `CompiledELBO` do; else `loss_and_grads`, which
-        `pyro.infer.SVI` calls, counts its own calls."""
+        """Sets β and the capacity to those of a step.
+
+        `fit` and `CompiledELBO` call it. Without a call, `loss_and_grads` counts its own calls as steps."""
         self._driven = True
         self._set(step)
 
@@ -135,7 +136,7 @@ class BetaELBO(TraceMeanField_ELBO):
         return loss.detach(), loss
 
     def _num_points(self, trace: Trace) -> Tensor | float:
-        """What the log-probabilities of the data points count for: B of them, times the scale of their plate."""
+        """How many data points the log-probabilities stand for: B of them, times the scale of their plate."""
         for site in sample_sites(trace).values():
             for frame in site["cond_indep_stack"]:
                 if frame.name == self.plate:
@@ -173,6 +174,6 @@ class BetaELBO(TraceMeanField_ELBO):
                     f"BetaELBO: site {name!r}: {type(q['fn']).__name__} cannot be reparameterized. Try a distribution "
                     "that can, or poutine.scale and Trace_ELBO."
                 )
-            if name not in model_trace.nodes:  # auxiliary: through which others are drawn
+            if name not in model_trace.nodes:  # auxiliary: other sites are functions of it
                 rate = rate + q["log_prob_sum"]
         return distortion, rate

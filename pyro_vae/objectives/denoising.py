@@ -23,7 +23,7 @@ Corruption = Callable[[Tensor], Tensor]
 
 
 class DenoisingELBO(ELBO):
-    """Any `pyro.infer.ELBO` with the first argument of the guide corrupted, the model's clean.
+    """Any `pyro.infer.ELBO` whose guide sees a corrupted first argument, while the model sees the clean one.
 
     `loss`, which evaluates, corrupts as well: what it reports is the bound with the corrupted guide. Other tools get
     the guide itself.
@@ -70,7 +70,7 @@ class DenoisingELBO(ELBO):
         return self.elbo._get_trace(model, self._corrupted(guide), args, kwargs)
 
     def _corrupted(self, guide: Callable) -> Callable:
-        """The same function for the same guide: objectives remember what they have looked at."""
+        """The corrupted guide, the same function each time: objectives remember the pairs that they have looked at."""
         if self._guides is None or self._guides[0] != guide:
             corruption = self.corruption
 

@@ -1,6 +1,6 @@
-r"""Objectives that Pyro lacks, as `pyro.infer.ELBO`s: for `pyro.infer.SVI(…, loss=…)` and for `fit(…, loss=…)`.
+r"""The importance-weighted bound as an objective.
 
-The importance-weighted bound of a mini-batch of B of N data points, with K draws z_nk ~ q(z|x_n) for each,
+The bound of a mini-batch of B of N data points, with K draws z_nk ~ q(z|x_n) for each,
 
     N/B Σ_n log 1/K Σ_k w_nk,    w_nk = p(x_n, z_nk) / q(z_nk|x_n),
 
@@ -181,7 +181,7 @@ class ImportanceWeightedELBO(ELBO):
 
 
 class _Leaves(Messenger):
-    """Lets the draws of a guide's sites pass on as leaves of the graph, and keeps both.
+    """Passes the draws of a guide's sites on as leaves of the graph, and keeps both.
 
     Attributes:
         draws: {site: z}, functions of the guide's parameters, given the leaves of sites before.

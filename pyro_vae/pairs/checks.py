@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae.distributions.protocol import TakesMissing, complete
 from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.sites import plate_frames, sample_sites
 
-__all__ = ["check_latents", "check_rows", "check_sites", "check_support", "ignores_missing"]
+__all__ = [
+    "check_latents",
+    "check_num_particles",
+    "check_plate",
+    "check_rows",
+    "check_sites",
+    "check_support",
+    "ignores_missing",
+]
 
 
 def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) -> None:
@@ -39,7 +48,7 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
 
 def ignores_missing(site: dict) -> bool:
     """Whether NaN in the observed value of a trace's site stands for a missing element, as with `ObservedPart`."""
-    return getattr(site["fn"], "ignores_missing", False)
+    return isinstance(site["fn"], TakesMissing)
 
 
 def check_support(name: str, site: dict, start: int = 0) -> None:
@@ -55,7 +64,7 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
         return
     bad = (~inside).reshape(len(inside), -1).any(1) if inside.dim() else ~inside.reshape(1)
     row = int(bad.nonzero()[0])
-    base = getattr(fn, "complete", fn)
+    base = complete(fn)
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
     family = type(base).__name__

@@ -108,7 +108,7 @@ class Batches:
                 yield self.at(rows)
 
     def explain(self, error: Exception) -> None:
-        """Adds to the error of a model or guide that does not take these data what they may have to do with it."""
+        """Adds a note to an error of the model or guide on what these data may have to do with it."""
         for i, dtype in self._integers.items() if "dtype" in str(error) else ():
             error.add_note(f'{self.name}[{i}] is a numpy array of {dtype}. Try x.astype("float32").')
         if self.columns and self.columns[0].ndim == 1:
@@ -119,8 +119,10 @@ class Batches:
             )
 
     def check(self, incomplete: Container[int] = ()) -> None:
-        """Raises ValueError for rows that are not finite; those of a DataLoader cannot be looked at beforehand.
-        `incomplete` are the columns in which NaN stands for a missing value."""
+        """Raises ValueError for rows that are not finite.
+
+        The rows of a DataLoader cannot be checked in advance. In the columns `incomplete`, NaN stands for a missing
+        value."""
         for start in range(0, self.num_rows if self.columns else 0, 8192):
             rows = [_tensor(c[start : min(start + 8192, self.num_rows)]) for c in self.columns]
             check_rows(rows, start=start, incomplete=[x for i, x in enumerate(rows) if i in incomplete])
@@ -149,7 +151,7 @@ class Batches:
 
 
 def _advice(data: Any, name: str) -> str:
-    """What to try instead of data of a type that is no data here."""
+    """What to try instead of data of a type that is not accepted."""
     if isinstance(data, Dataset):
         return f"a DataLoader of it: DataLoader({name}, batch_size=128, shuffle=True)"
     if type(data).__name__ in ("DataFrame", "Series"):

@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.distributions import Independent, StudentT
 
+from pyro_vae.distributions.protocol import complete
 from pyro_vae.objectives.protocol import annealed
 from pyro_vae.pairs.checks import ignores_missing
 from pyro_vae.pairs.look import look
@@ -37,7 +38,7 @@ def look_at(model: Callable, guide: Callable, batches: Batches, plate: str) -> P
 
 
 def try_out(pair: Pair, batches: Batches) -> None:
-    """Runs the pair on the first rows of other data than it was looked at with.
+    """Runs the pair on the first rows of data other than those that it was looked at with.
 
     Raises:
         ValueError: it does not take them. Those of a DataLoader cannot be looked at beforehand.
@@ -72,7 +73,7 @@ def check_data(pair: Pair, batches: Batches) -> None:
 
 
 def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) -> str:
-    """Where a loss or gradient stopped being finite, found by running the step's traces again."""
+    """Says where a loss or gradient stopped being finite, by running the step's traces again."""
     with torch.no_grad(), pyro.validation_enabled(False):
         guide = poutine.trace(pair.guide).get_trace(*batch.inputs)
         model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(*batch.inputs)
@@ -110,7 +111,7 @@ def warn_of_collapse(pair: Pair) -> None:
     """Warns of a Normal or Student-t likelihood whose scale has shrunk below a thousandth of the data's spread."""
     sites = sample_sites(look(pair.model, pair.guide, pair.args, {}).model)
     for name, site in sites.items():
-        elements = getattr(site["fn"], "complete", site["fn"])
+        elements = complete(site["fn"])
         while isinstance(elements, Independent):
             elements = elements.base_dist
         if not (site["is_observed"] and isinstance(elements, (torch.distributions.Normal, StudentT))):

@@ -156,7 +156,7 @@ def fit(
 
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """With a seed of its own, and the global random state left as it was; None: with the global one."""
+    """Runs from this seed and leaves the global random state as it was; with None, runs from the global state."""
     if seed is None:
         yield
         return
@@ -187,8 +187,10 @@ def _prepare(
 
 
 def _objective(loss: ELBO | None, compile: bool | str, num_steps: int) -> tuple[ELBO, CompiledELBO | None]:
-    """The objective, and what takes compiled steps with it: chosen by their number, not by their time, so that the same
-    call does the same thing again."""
+    """The objective, and the compiled one that takes its steps, if any.
+
+    The choice depends on the number of steps, not on their time, so that the same call does the same thing again.
+    """
     if isinstance(loss, CompiledELBO):
         return copy.copy(loss.elbo), loss
     elbo = Trace_ELBO() if loss is None else copy.copy(loss)
@@ -224,7 +226,7 @@ def _evaluate(pair: Pair, steps: Steps, elbo: ELBO, batches: Batches) -> float:
             value = elbo.loss(pair.model, pair.guide, *batch.inputs)
             total += float(value[0] if isinstance(value, tuple) else value) / steps.data_points(batch) * batch.size
             rows += batch.size
-    return total / rows if math.isfinite(total) else math.inf  # which is never the lowest
+    return total / rows if math.isfinite(total) else math.inf  # infinity is never the lowest
 
 
 def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:

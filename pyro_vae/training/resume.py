@@ -69,7 +69,7 @@ class FitState:
     # -- file ---------------------------------------------------------------------------------------------------------
 
     def resume(self, path: str | Path | None) -> None:
-        """Takes up what the file has, if there is one.
+        """Continues from the file, if it exists.
 
         Raises:
             ValueError: the path is in no folder; the file is of another model, guide or optimizer, of a fit with other

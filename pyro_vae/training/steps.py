@@ -61,7 +61,7 @@ class Steps:
         self._last_finite: list[Tensor] = []
         self._factors: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
-        # the protocol of torch.amp.GradScaler: optimizers that take found_inf skip a step without a word to the CPU
+        # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and weights.device.type == "cuda"
         self._stopped = torch.zeros((), dtype=torch.bool, device=weights.device)
@@ -102,7 +102,7 @@ class Steps:
         return value
 
     def go_on(self, count: int) -> None:
-        """Goes on after so many steps, with the objective as the last of them left it."""
+        """Continues after this many steps, with the objective as the last of them left it."""
         self.count = count
         for objective in self._annealed:
             objective.set_step(max(0, count - 1))
@@ -112,7 +112,7 @@ class Steps:
         self._last_finite = self.weights.copy()
 
     def end_epoch(self) -> None:
-        """Says what went wrong in an epoch whose steps nobody looked at, and brings the optimizer up to date."""
+        """Brings the optimizer up to date, and reports what went wrong in steps that were not checked one by one."""
         skipped = 0
         if self._deferred:
             if hasattr(self.optimizer, "found_inf"):
@@ -132,7 +132,7 @@ class Steps:
         self._epoch.clear()
 
     def _look(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
-        """Stops on what is not finite; later, if the device would have to be waited for."""
+        """Stops if the loss or gradient is not finite: at once, or at the end of the epoch if the device is a GPU."""
         if self._deferred:
             self._finite += ~self._stopped
             self._epoch.append((state, batch._replace(inputs=())))
@@ -142,7 +142,7 @@ class Steps:
             self._fail(batch, state, value, norm)
 
     def _find_whole_step(self, batch: Batch) -> list[Tensor] | None:
-        """The inputs of the whole step, once the loss is recorded, and where the optimizer is a plain Adam."""
+        """The inputs of the whole step, if the loss is recorded and the optimizer is a plain Adam; else None."""
         full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
         if self.compiled is None or self.compiled.backend != "inductor" or not full or self.count == 0:
             return None
