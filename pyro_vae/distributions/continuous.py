@@ -1,6 +1,7 @@
-r"""Conditional distributions with independent continuous elements, and the point.
+r"""Conditional distributions with independent continuous elements, and the point mass.
 
-Scales and other positive parameters are softplus(·) + 1e-5, and start at one: they neither reach zero nor explode.
+Scales and other positive parameters are softplus(·) + 1e-5 and start at one, so that they neither reach zero nor
+explode.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ __all__ = [
 
 
 class LearnedScale(nn.Module):
-    """A positive scale that is learned but depends on nothing: softplus(ρ) + 1e-5, or another smallest value.
+    """A positive scale that is learned and does not depend on inputs: softplus(ρ) + `smallest`.
 
     Args:
-        shape: () for one scale shared by all dimensions, the event shape for one each.
-        init: where it starts.
-        smallest: what it stays above. A likelihood with a learned scale has no largest value: where a network hits
-            data exactly, the scale shrinks as far as it may, and the density grows. Set it to the precision of the
+        shape: () for one scale shared by all elements, or the event shape for one scale per element.
+        init: initial value.
+        smallest: lower bound of the scale. A likelihood with a learned scale is unbounded: where a network fits data
+            exactly, the scale shrinks to its lower bound, and the density grows. Set the bound to the precision of the
             data; `fit` warns where a scale has collapsed.
 
     Example:
@@ -60,13 +61,13 @@ class ConditionalNormal(Conditional):
     Args:
         network: maps inputs to features.
         event_shape: shape of one y.
-        scale: None: σ(x) comes from the network; a number or tensor: fixed; a module that is called without
-            arguments, as `LearnedScale()` (shared) or `LearnedScale(event_shape)` (one per element): learned.
-        smallest: what a σ(x) from the network stays above; see `LearnedScale`.
+        scale: with None, σ(x) comes from the network. A number or tensor is fixed. A module, which is called without
+            arguments, is learned: `LearnedScale()` (one shared scale) or `LearnedScale(event_shape)` (one per element).
+        smallest: lower bound of a σ(x) that comes from the network; see `LearnedScale`.
         features: see `Conditional`.
 
     Raises:
-        ValueError: a fixed scale that is not positive, or does not broadcast to the event shape.
+        ValueError: a fixed scale is not positive, or does not broadcast to the event shape.
 
     Example:
         >>> from pyro_vae.networks import MLP
@@ -98,14 +99,14 @@ class ConditionalNormal(Conditional):
 
 
 class ConditionalStudentT(Conditional):
-    """Student's t with independent elements, y = μ(x) + σ(x) t_ν: a Normal that takes outliers as they come.
+    """Student's t with independent elements, y = μ(x) + σ(x) t_ν: unlike the Normal, it is robust to outliers.
 
     Args:
         network: maps inputs to features.
         event_shape: shape of one y.
-        df: ν; None: from the network, above one, starting at five; a number or tensor: fixed; a module as
-            `LearnedScale(init=5.0)`: learned.
-        scale: σ, as that of `ConditionalNormal`.
+        df: ν. With None, it comes from the network, is above one and starts at five. A number or tensor is fixed. A
+            module, such as `LearnedScale(init=5.0)`, is learned.
+        scale: σ, as in `ConditionalNormal`.
         features: see `Conditional`.
 
     Example:
@@ -139,10 +140,10 @@ class ConditionalStudentT(Conditional):
 
 
 class ConditionalBeta(Conditional):
-    """Independent Beta elements, y ~ Beta(α(x), β(x)), for values between 0 and 1, neither of them included.
+    """Independent Beta elements, y ~ Beta(α(x), β(x)), for values strictly between 0 and 1.
 
-    At either its density is zero or infinite, or a limit at best, so that data with 0 or 1 are refused: move them
-    inside by half the precision of the data, or take `ConditionalContinuousBernoulli`.
+    At 0 and 1 the density is zero, infinite or defined only as a limit, so that data that contain 0 or 1 are refused.
+    Move such values inside by half the precision of the data, or use `ConditionalContinuousBernoulli`.
 
     Args:
         network: maps inputs to features.
@@ -165,8 +166,8 @@ class ConditionalBeta(Conditional):
 class ConditionalContinuousBernoulli(Conditional):
     """Independent continuous Bernoulli elements with logits(x), for values from 0 to 1, such as grey pixels.
 
-    Its density is that of the Bernoulli divided by its integral over [0, 1]. Leaving that out, as many do who train
-    grey images with binary cross-entropy, gives no density.
+    Its density is that of the Bernoulli divided by its integral over [0, 1]. Training on grey images with binary
+    cross-entropy is common, but it omits this integral, and what it uses is not a density.
 
     Args:
         network: maps inputs to features.
@@ -189,11 +190,11 @@ class ConditionalContinuousBernoulli(Conditional):
 
 
 class ConditionalDelta(Conditional):
-    """A point, y = f(x): as posterior it makes an autoencoder of a VAE, as likelihood a deterministic decoder.
+    """A point mass at y = f(x): as a posterior it turns a VAE into an autoencoder, as a likelihood it is deterministic.
 
-    Its log-probability of itself is taken as zero, so that −ELBO is the reconstruction loss −log p(x|f(x)) minus
-    log p(f(x)), which a flat prior, `pyro.distributions.ImproperUniform`, makes zero. It has no density with which
-    draws could be weighed: log p(x) cannot be estimated with it.
+    The log-probability of the point is taken as zero, so that −ELBO is the reconstruction loss −log p(x|f(x)) minus
+    log p(f(x)). The flat prior `pyro.distributions.ImproperUniform` makes the latter zero. A point mass has no density
+    that could weight draws, so that log p(x) cannot be estimated with it.
 
     Args:
         network: maps inputs to features.

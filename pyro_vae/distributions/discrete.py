@@ -44,12 +44,12 @@ class ConditionalBernoulli(Conditional):
 class ConditionalCategorical(Conditional):
     """Independent categories with logits(x), over events of any shape; values are 0, 1, …, num_categories − 1.
 
-    Categories have no mean: where a reconstruction asks for one, it gets the most probable.
+    Categories have no mean. A reconstruction that asks for one gets the most probable category.
 
     Args:
         network: maps inputs to features.
         event_shape: shape of one y; () for a single category.
-        num_categories: C.
+        num_categories: number of categories, C.
         features: see `Conditional`.
 
     Example:
@@ -76,14 +76,14 @@ class ConditionalCategorical(Conditional):
 
 
 class ConditionalOneHotCategorical(Conditional):
-    """One category with logits(x), as a vector with a single one: a discrete code z that a network can take as input.
+    """One category with logits(x), as a one-hot vector: a discrete code z that a network can take as input.
 
-    As prior (`network=None`) it learns the categories' probabilities. Mark model and guide with
-    `pyro.infer.config_enumerate` to sum the categories out.
+    As a prior (`network=None`) it learns the probabilities of the categories. To sum the categories out, mark the model
+    and the guide with `pyro.infer.config_enumerate`.
 
     Args:
         network: maps inputs to features.
-        num_categories: C.
+        num_categories: number of categories, C.
         features: see `Conditional`.
 
     Example:
@@ -127,8 +127,8 @@ class ConditionalNegativeBinomial(Conditional):
     Args:
         network: maps inputs to features.
         event_shape: shape of one y.
-        total_count: r > 0; None: from the network; a number or tensor: fixed; a module as `LearnedScale(event_shape)`:
-            learned. The smaller, the more dispersed; for r → ∞ Poisson.
+        total_count: r > 0. With None, it comes from the network. A number or tensor is fixed. A module, such as
+            `LearnedScale(event_shape)`, is learned. A smaller r means more dispersion; r → ∞ gives the Poisson.
         features: see `Conditional`.
 
     Example:

@@ -21,7 +21,7 @@ from pyro_vae.evidence.compiled import CompiledLogWeight, compiled_log_weight
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
-from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.checks import check_function, check_num_particles
 from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -183,6 +183,7 @@ def prior_sampling(
         True
     """
     num_particles = check_num_particles(num_particles)
+    check_function("model", model)
     if guide is not None and not callable(guide):
         raise TypeError(
             f"prior_sampling: guide: expected a function or None, got {type(guide).__name__}. Try "

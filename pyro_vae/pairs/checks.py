@@ -15,6 +15,7 @@ from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.sites import plate_frames, sample_sites
 
 __all__ = [
+    "check_function",
     "check_latents",
     "check_num_particles",
     "check_plate",
@@ -80,6 +81,15 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
         f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
         + advice
     )
+
+
+def check_function(role: str, function: Any) -> None:
+    """Raises TypeError for a model or guide that cannot be called."""
+    if not callable(function) or isinstance(function, Tensor):
+        raise TypeError(
+            f"{role}: expected a function, got {type(function).__name__}. Try tool(model, guide, x), with "
+            "vae.model and vae.guide of a VAE."
+        )
 
 
 def check_plate(look: Look, plate: str | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_latents, check_plate, check_sites
+from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_sites
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
@@ -77,12 +77,8 @@ class Pair:
         plate: str | None = "data",
         cut: bool = True,
     ) -> None:
-        for role, function in (("model", model), ("guide", guide)):
-            if not callable(function) or isinstance(function, Tensor):
-                raise TypeError(
-                    f"{role}: expected a function, got {type(function).__name__}. Try tool(model, guide, x), with "
-                    "vae.model and vae.guide of a VAE."
-                )
+        check_function("model", model)
+        check_function("guide", guide)
         self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, dict(kwargs or {}), plate
         self.look, self.rows = self._find(cut)
         self.sites = find_sites(self.look.guide, self.look.model)

@@ -77,6 +77,8 @@ PRIORS = {
 }
 
 WITHOUT_MEAN = {name for name in [*VECTORS, *PRIORS] if "flow" in name} | {"categorical"}
+WITHOUT_PARAMETERS = {"standard normal"}
+INVERTED_BY_PYRO = {"flow", "flow, inverted", "flow of a prior"}  # which does so in torch's default dtype
 WITHOUT_DENSITY = {"delta"}  # its log-probability is 0 or −∞
 
 
