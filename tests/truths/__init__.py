@@ -1,6 +1,7 @@
 """Models whose log p(x) is known: in closed form, by quadrature, by enumeration."""
 
 from truths.linear_gaussian import LinearGaussian
+from truths.one_latent import exact_log_evidence, exact_pair
 from truths.vaes import (
     coupled,
     exact_vae,
@@ -15,6 +16,8 @@ from truths.vaes import (
 __all__ = [
     "LinearGaussian",
     "coupled",
+    "exact_log_evidence",
+    "exact_pair",
     "exact_vae",
     "inverse_positive",
     "linear_vae",
