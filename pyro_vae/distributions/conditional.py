@@ -1,9 +1,10 @@
-r"""`Conditional`: what the families have in common: a network, which maps rows of inputs to features, and a head, which
-maps features linearly to the parameters of a Pyro distribution,
+r"""`Conditional`, the base class of the families: a network and a linear head.
+
+The network maps rows of inputs to features. The head maps features linearly to the parameters of a Pyro distribution:
 
     features = network(inputs),   parameters = W features + b,   distribution = family(parameters).
 
-Without a network the parameters are learned as they are, and the distribution depends on nothing.
+Without a network, the parameters themselves are learned, and the distribution has no inputs.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ SMALLEST_SCALE = 1e-5
 
 
 class Conditional(Broadcasting):
-    """Abstract: a network and a linear head that give the parameters of a distribution of y given inputs.
+    """Abstract base class: a network and a linear head give the parameters of a distribution of y given inputs.
 
-    A family says how its raw parameters make a distribution, and how many there are: `num_parameters`, each of the
-    event's shape, unless it passes other shapes to the constructor. Everything left of the events is batch: it is
-    flattened before the network and restored after it, so that convolutions and batch norm work under any number of
-    plates and particles.
+    A subclass, called a family, defines how its raw parameters make a distribution. It has `num_parameters` of them,
+    each of the event's shape, unless it passes other shapes to the constructor. All dimensions to the left of the event
+    dimensions are batch dimensions. They are flattened before the network and restored after it, so that convolutions
+    and batch norm work under any number of plates and particles.
 
     Args:
-        network: maps inputs (B, *event) to features (B, features); None: the parameters are learned and depend on
-            nothing, as those of a prior.
+        network: maps inputs (B, *event) to features (B, features). With None, the parameters are learned and do not
+            depend on inputs, as in a prior.
         event_shape: shape of one y.
-        features: what the network puts out: a width, or (channels, height, width) of a feature map, which the
-            head maps pixel by pixel. Default: `network.out_features`, or that of its last linear layer.
-        parameter_shapes: for families: shape of each parameter of one y.
+        features: size of the network's output: a width, or (channels, height, width) for a feature map, which the
+            head maps pixel by pixel. Default: `network.out_features`, or the width of its last linear layer.
+        parameter_shapes: set by families: the shape of each parameter of one y.
 
     Example:
         >>> import pyro.distributions as dist
-        >>> class ConditionalGamma(Conditional):  # a family of one's own
+        >>> class ConditionalGamma(Conditional):  # your own family
         ...     num_parameters = 2
         ...     def distribution(self, shape, rate):
         ...         return dist.Gamma(positive(shape), positive(rate)).to_event(len(self.event_shape))
@@ -85,7 +86,7 @@ class Conditional(Broadcasting):
         if self.network is None:
             if inputs:
                 raise ValueError(
-                    f"{type(self).__name__}: expected no inputs, having no network, got {len(inputs)}. Try a network."
+                    f"{type(self).__name__}: expected no inputs without a network, got {len(inputs)}. Try a network."
                 )
             parts = self.free.split([prod(shape) for shape in self._shapes])
             return self.distribution(*(p.reshape(s) for p, s in zip(parts, self._shapes, strict=True)))
@@ -95,7 +96,7 @@ class Conditional(Broadcasting):
         return self.from_features(self.network(*rows), batch)
 
     def from_features(self, features: Tensor, batch: Size) -> Any:
-        """The distribution with this batch shape, given what the network made of the flattened rows, (B, features)."""
+        """The distribution with this batch shape, given the network's output for the flattened rows, (B, features)."""
         raw = self.head(features)
         if self._is_map:
             parts = list(raw.chunk(len(self._shapes), dim=1))
@@ -104,9 +105,11 @@ class Conditional(Broadcasting):
         return self.distribution(*(p.reshape(*batch, *s) for p, s in zip(parts, self._shapes, strict=True)))
 
     def keep(self, name: str, value: float | Tensor | nn.Module | None) -> None:
-        """Keeps a positive parameter that need not come from the network: fixed (a number or tensor that broadcasts
-        to the event shape), learned (a module that is called without arguments), or None, where it does come from the
-        network."""
+        """Keeps a positive parameter that need not come from the network.
+
+        A number or tensor is fixed, and broadcasts to the event shape. A module is learned, and is called without
+        arguments. None means that the parameter comes from the network.
+        """
         if value is None or isinstance(value, nn.Module):
             setattr(self, name, value)
             return
@@ -115,7 +118,7 @@ class Conditional(Broadcasting):
             raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}.")
         shape, event = tuple(value.shape), self.event_shape
         pairs = zip(reversed(shape), reversed(event), strict=False)
-        if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more would pass for a batch
+        if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more dimensions would pass for a batch
             raise ValueError(
                 f"{type(self).__name__}: expected a {name} that broadcasts to the event shape {event}, got one of "
                 f"shape {shape}. Try a single number, or one of shape {event}."
@@ -123,19 +126,19 @@ class Conditional(Broadcasting):
         self.register_buffer(name, value)
 
     def kept(self, name: str, raw: Tensor | None, smallest: float = SMALLEST_SCALE) -> Tensor:
-        """What `keep` kept, or what the network says."""
+        """The parameter that `keep` kept, or the network's where `keep` was given None."""
         value = getattr(self, name)
         if value is None:
             return positive(raw, smallest)
         return value() if isinstance(value, nn.Module) else value
 
     def check(self, x: Tensor) -> None:
-        """Raises TypeError or ValueError for inputs of another dtype, or on another device, than the weights."""
+        """Raises TypeError if x has another dtype than the weights, and ValueError if it is on another device."""
         weight = self.head.weight
         if x.dtype != weight.dtype:
             raise TypeError(
                 f"{type(self).__name__}: expected inputs of {weight.dtype}, the weights' dtype, got {x.dtype}. "
-                f"Try x.to({weight.dtype}) (and pixels / 255), or the module's .double()."
+                f"Try x.to({weight.dtype}) (and x / 255 for pixels), or module.double()."
             )
         if x.device != weight.device:
             raise ValueError(
@@ -145,12 +148,12 @@ class Conditional(Broadcasting):
 
 
 def positive(raw: Tensor, smallest: float = SMALLEST_SCALE) -> Tensor:
-    """softplus(raw + c) + smallest, with c such that it is one at zero."""
+    """softplus(raw + c) + smallest, where c makes the value one at raw = 0."""
     return nn.functional.softplus(raw + log(expm1(1.0 - smallest))) + smallest
 
 
 def _width(network: nn.Module) -> int | tuple[int, ...]:
-    """The width of what a network puts out, if it says."""
+    """The size of a network's output, as its attribute `out_features` or its last layer tells it."""
     width = getattr(network, "out_features", None)
     if width is not None:
         return width

@@ -1,10 +1,10 @@
-r"""Flows: a chain of invertible transformations of a simpler distribution,
+r"""Flows: a flow is a chain of invertible transformations of a simpler distribution,
 
-    z₀ ~ q₀(z₀|x),   z = T_L(··· T_1(z₀; x) ···; x),   log q(z|x) = log q₀(z₀|x) − Σ_l log |det ∂T_l/∂z_{l−1}|,
+    z₀ ~ q₀(z₀|x),   z = T_L(··· T_1(z₀; x) ···; x),   log q(z|x) = log q₀(z₀|x) − Σ_l log |det ∂T_l/∂z_{l−1}|.
 
-with triangular Jacobians where the transformations are autoregressive (Rezende & Mohamed 2015, *Variational Inference
-with Normalizing Flows*; Kingma et al. 2016, *Improving Variational Inference with Inverse Autoregressive Flow*). The
-transformations are those of Pyro, torch and Zuko; here is what makes conditional distributions of them.
+The Jacobians are triangular where the transformations are autoregressive (Rezende & Mohamed 2015, *Variational
+Inference with Normalizing Flows*; Kingma et al. 2016, *Improving Variational Inference with Inverse Autoregressive
+Flow*). The transformations come from Pyro, torch and Zuko; this file makes conditional distributions of them.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ __all__ = ["ConditionalFlow"]
 
 
 class ConditionalFlow(Broadcasting):
-    r"""y = T_L(··· T_1(y₀)), y₀ from a base distribution: transformations of Pyro, torch and Zuko, mixed as you like.
+    r"""y = T_L(··· T_1(y₀)) with y₀ from a base distribution; transformations of Pyro, torch and Zuko mix freely.
 
-    A transformation may be a torch or Pyro transform (`pyro.distributions.transforms.spline_coupling(2)`), one of
-    Pyro's conditional ones (`conditional_affine_autoregressive(2, context_dim)`) or a lazy one of Zuko
-    (`zuko.flows.MaskedAutoregressiveTransform(2, context)`); the last two see `network(x)`. Each is applied as it
-    stands from base to y: an autoregressive one is then an inverse autoregressive flow, fast to draw from, its `.inv`
-    a masked autoregressive flow, fast to score any value with. A flow scores its own draws without an inversion,
-    whichever way it runs.
+    A transformation may be a torch or Pyro transform (`pyro.distributions.transforms.spline_coupling(2)`), a
+    conditional transform of Pyro (`conditional_affine_autoregressive(2, context_dim)`) or a lazy transform of Zuko
+    (`zuko.flows.MaskedAutoregressiveTransform(2, context)`). The last two kinds get `network(x)` as context. Each
+    transformation is applied in the direction from base to y. An autoregressive transformation therefore makes an
+    inverse autoregressive flow, which is fast to draw from. Its `.inv` makes a masked autoregressive flow, which is
+    fast to score any value with. Either flow scores its own draws without an inversion.
 
     Args:
-        base: distribution of y₀: a conditional distribution, called with the same inputs, or a distribution.
+        base: distribution of y₀: a conditional distribution, which is called with the same inputs, or a fixed one.
         transforms: T_1, …, T_L, over vectors.
-        network: maps inputs (B, *event) to the context of the conditional transformations, (B, width); default: none,
-            they are called without.
+        network: maps inputs (B, *event) to the context of the conditional transformations, (B, width). Default: no
+            network and no context.
 
     Returns (when called):
-        A distribution with `support`, `rsample` and `log_prob`, and the batch shape of the inputs; its mean is not
+        A distribution with `support`, `rsample` and `log_prob`, and with the batch shape of the inputs. Its mean is not
         known.
 
     Raises:
-        ValueError: a conditional transformation of Pyro without a network to give its context.
+        ValueError: a conditional transformation of Pyro needs a context, and there is no network.
 
     Example:
         >>> from pyro.distributions.transforms import conditional_affine_autoregressive, spline_coupling
@@ -67,7 +67,7 @@ class ConditionalFlow(Broadcasting):
             raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        for module in self.transforms_modules:  # those of Pyro are not called as modules are, and have no hooks
+        for module in self.transforms_modules:  # hooks do not reach Pyro's, which are not called as modules
             module.train(self.training)
         fixed = isinstance(self.base, torch.distributions.Distribution)
         base = condition(self.base, *(() if fixed else inputs), event_dims=event_dims, role="base of the flow")
@@ -81,7 +81,7 @@ class ConditionalFlow(Broadcasting):
         return _Flow(base, [self._transform(t, context) for t in self.transforms])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last draw, which Pyro's transforms keep: a copy of a flow that was used has weights alone."""
+        """The state without the last draw, which Pyro's transforms cache: a copy of a used flow holds only weights."""
         for module in self.transforms_modules.modules():
             for name, value in vars(module).items():
                 if name == "_cached_x_y":
@@ -100,7 +100,7 @@ class ConditionalFlow(Broadcasting):
 
 
 def _modules(transform: Any) -> list[nn.Module]:
-    """The modules that hold its weights, also where it is the inverse of one, which is no module itself."""
+    """The modules that hold a transformation's weights. An inverse is no module, but what it inverts may be."""
     if isinstance(transform, nn.Module):
         return [transform]
     if isinstance(transform, ComposeTransform):
@@ -123,7 +123,7 @@ class _Flow(dist.TransformedDistribution):
         for transform in self.transforms:
             previous, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(previous, value)
-            elements = range(1 - transform.domain.event_dim)  # of a transformation of single elements: to be summed
+            elements = range(1 - transform.domain.event_dim)  # dimensions to sum over, if it acts elementwise
             log_prob = log_prob - (jacobian.sum([-1 - i for i in elements]) if elements else jacobian)
         self._draw = value, log_prob, value._version
         return value
@@ -144,6 +144,6 @@ class _Flow(dist.TransformedDistribution):
         except (KeyError, NotImplementedError) as error:
             names = ", ".join(type(t).__name__ for t in self.transforms)
             raise NotImplementedError(
-                f"flow of {names}: one of them has no inverse, so that only its own draws can be scored. Try affine or "
-                "spline transformations."
+                f"flow of {names}: one of them has no inverse, so that only the flow's own draws can be scored. Try "
+                "affine or spline transformations."
             ) from error

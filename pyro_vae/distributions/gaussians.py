@@ -1,10 +1,11 @@
-r"""Gaussians with full and low-rank covariance that are sound in float32, and the KL divergence of any two.
+r"""Gaussians with full and low-rank covariance that are accurate in float32, and the KL divergence of any two:
 
-    KL(N₁‖N₂) = ½ [log(|Σ₂|/|Σ₁|) − d + tr(Σ₂⁻¹Σ₁) + (μ₂−μ₁)ᵀ Σ₂⁻¹ (μ₂−μ₁)],
+    KL(N₁‖N₂) = ½ [log(|Σ₂|/|Σ₁|) − d + tr(Σ₂⁻¹Σ₁) + (μ₂−μ₁)ᵀ Σ₂⁻¹ (μ₂−μ₁)].
 
-not symmetric, never negative, registered for `torch.distributions.kl_divergence` between diagonal, low-rank and full
-Gaussians over events of any shape. Pyro and torch leave some of these pairs out (full against independent, which is
-q(z|x) against N(0, I)), where `pyro.infer.TraceMeanField_ELBO` then silently falls back to sampling.
+The KL divergence is not symmetric, and never negative. It is registered for `torch.distributions.kl_divergence` between
+diagonal, low-rank and full Gaussians over events of any shape. Pyro and torch lack some of these pairs, such as full
+against independent, which is q(z|x) against N(0, I). For a pair that is not registered,
+`pyro.infer.TraceMeanField_ELBO` silently falls back to sampling.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ __all__ = ["LowRankMultivariateNormal", "MultivariateNormal"]
 
 
 class MultivariateNormal(dist.MultivariateNormal):
-    """N(μ, L Lᵀ) over an event of any shape, which scores its own draws from the noise that made them.
+    """N(μ, L Lᵀ) over an event of any shape. It scores its own draws from the noise that generated them.
 
-    In float32 a triangular solve can lose many nats of log q(z) on a draw z = μ + L ε of an ill-conditioned L, because
-    z was rounded. The noise was not: log q(z) = −½ |ε|² − Σ log L_ii − d/2 log 2π. A draw from `rsample` or `sample`
-    is remembered and scored that way (with the gradients of the solve); any other value is solved for.
+    If L is ill-conditioned, a triangular solve in float32 can lose many nats of log q(z) on a draw z = μ + L ε, because
+    z was rounded. The noise ε was not rounded: log q(z) = −½ |ε|² − Σ log L_ii − d/2 log 2π. The last draw from
+    `rsample` or `sample` is remembered and scored this way, with the gradients of the solve. Any other value is scored
+    by the solve.
 
-    Kept as L = diag(τ) (I + A), A strictly lower triangular.
+    The factor is stored as L = diag(τ) (I + A), where A is strictly lower triangular.
 
     Args:
-        loc: (*batch, d).
-        scale_tril: L, (*batch, d, d), lower triangular with a positive diagonal; or instead of it
-        scale: τ, (*batch, d), positive, and
+        loc: μ, (*batch, d).
+        scale_tril: L, (*batch, d, d), lower triangular with a positive diagonal. Give either L, or τ and A.
+        scale: τ, (*batch, d), positive.
         lower: A, (*batch, d, d).
-        event_shape: shape of one value, d elements in all; default (d,).
+        event_shape: shape of one value, with d elements in all; default: (d,).
 
     Example:
         >>> q = MultivariateNormal(torch.zeros(4), torch.eye(4), (2, 2))
@@ -64,14 +66,14 @@ class MultivariateNormal(dist.MultivariateNormal):
             lower = scale_tril.tril(-1) / scale.unsqueeze(-1)
         shape = Size(loc.shape[-1:] if event_shape is None else event_shape)
         if prod(shape) != loc.shape[-1]:
-            raise ValueError(f"MultivariateNormal: event shape {event_shape} has not {loc.shape[-1]} elements.")
+            raise ValueError(f"MultivariateNormal: expected {loc.shape[-1]} elements, got event shape {event_shape}.")
         batch = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1])
         self.loc, self._scale, self._lower = loc.expand(*batch, loc.shape[-1]), scale, lower
         TorchDistribution.__init__(self, batch, shape, validate_args=validate_args)
         if self._validate_args and scale_tril is not None and not constraints.lower_cholesky.check(scale_tril).all():
             raise ValueError(
-                "MultivariateNormal: expected scale_tril lower triangular with a positive diagonal. Try "
-                "torch.linalg.cholesky of the covariance."
+                "MultivariateNormal: expected a lower triangular scale_tril with a positive diagonal. Try "
+                "torch.linalg.cholesky(covariance)."
             )
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> MultivariateNormal:
@@ -139,7 +141,7 @@ class MultivariateNormal(dist.MultivariateNormal):
 
 
 class _Noise(torch.autograd.Function):
-    """ε = (I + A)⁻¹ y where ε is known: nothing is computed forward, the gradients are those of the solve."""
+    """ε = (I + A)⁻¹ y for a known ε: the forward pass computes nothing, the gradients are those of the solve."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, lower: Tensor, eps: Tensor) -> Tensor:
@@ -165,12 +167,12 @@ def _solve(lower: Tensor, x: Tensor, upper: bool = False) -> Tensor:
 
 
 class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
-    """N(μ, Σ) with Σ = F Fᵀ + D, F (d × rank) and D diagonal, sound in float32 however small D is beside F Fᵀ.
+    """N(μ, Σ) with Σ = F Fᵀ + D, F (d × rank) and D diagonal, accurate in float32 however small D is beside F Fᵀ.
 
-    There xᵀ Σ⁻¹ x, by the Woodbury identity xᵀ D⁻¹ x − |C^−½ Fᵀ D⁻¹ x|² with C = I + Fᵀ D⁻¹ F, is a small difference of
-    large numbers, and C may have no Cholesky factor. But it is also the squared residual of least squares, of D^−½ x on
-    the columns of D^−½ F with ridge one. With [D^−½ F; I] = [Q₁; Q₂] R, orthonormal columns times a triangle, and
-    y = D^−½ x,
+    The Woodbury identity gives xᵀ Σ⁻¹ x = xᵀ D⁻¹ x − |C^−½ Fᵀ D⁻¹ x|² with C = I + Fᵀ D⁻¹ F. If D is small, this is a
+    small difference of large numbers, and C may have no Cholesky factor in float32. But xᵀ Σ⁻¹ x is also the smallest
+    value of a least-squares problem: D^−½ x is regressed on the columns of D^−½ F with ridge penalty one. With
+    [D^−½ F; I] = [Q₁; Q₂] R, where [Q₁; Q₂] has orthonormal columns and R is triangular, and with y = D^−½ x,
 
         xᵀ Σ⁻¹ x = |y − Q₁ Q₁ᵀ y|² + |Q₂ Q₁ᵀ y|²,   |Σ| = |D| |R|²,   C = Rᵀ R.
 
@@ -215,7 +217,7 @@ def _basis(factor: Tensor, diag: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _location(p: Any) -> tuple[Tensor, Tensor | None]:
-    """Location and, of independent elements, scale, both (*batch, d)."""
+    """The location and, for independent elements, the scale (otherwise None), both (*batch, d)."""
     if isinstance(p, (TorchMultivariateNormal, TorchLowRank)):
         return p.loc, None
     if isinstance(p, Independent) and isinstance(p.base_dist, torch.distributions.Normal):
@@ -233,7 +235,7 @@ def _half_log_det(p: Any) -> Tensor:
 
 
 def _root(p: Any) -> Tensor:
-    """R with R Rᵀ = Σ, full or low-rank, (*batch, d, columns): the triangle, or [F, D^½]."""
+    """R with R Rᵀ = Σ for a full or low-rank Σ, (*batch, d, columns): the triangle L, or [F, D^½]."""
     if isinstance(p, TorchMultivariateNormal):
         return p._unbroadcasted_scale_tril
     return torch.cat([p.cov_factor, torch.diag_embed(p.cov_diag.sqrt())], -1)
@@ -266,8 +268,8 @@ def _whitened(q: Any, x: Tensor) -> Tensor:
 @register_kl(LowRankMultivariateNormal, TorchLowRank)
 @register_kl(TorchLowRank, LowRankMultivariateNormal)
 def _kl_gaussians(p: Any, q: Any) -> Tensor:
-    """KL(p‖q), the formula at the top of this file; differences of log-determinants, never determinants, and the trace
-    as the squared lengths of the columns of Σ₂^−½ R, R Rᵀ = Σ₁."""
+    """KL(p‖q) by the formula at the top of this file, with differences of log-determinants, never determinants. The
+    trace is the sum of the squared lengths of the columns of Σ₂^−½ R, where R Rᵀ = Σ₁."""
     if p.event_shape != q.event_shape:
         raise ValueError(f"KL: event shapes {tuple(p.event_shape)} and {tuple(q.event_shape)} differ.")
     (p_loc, p_scale), (q_loc, q_scale) = _location(p), _location(q)

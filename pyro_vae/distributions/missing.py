@@ -1,11 +1,11 @@
-r"""Products of likelihoods for tables with columns of several kinds, and likelihoods of data with missing values.
+r"""Likelihoods of data with missing values, also of tables with columns of several kinds.
 
     p(x|z) = Π_parts p(x_part|z),        p(x_observed|z) = Π_{d observed} p(x_d|z).
 
-Given z the elements are independent, so that a missing one is integrated out by leaving its factor out (Mattei &
+Given z, the elements are independent, so that leaving out the factor of a missing element integrates it out (Mattei &
 Frellsen 2019, *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*; Nazábal et al. 2020, *Handling
-Incomplete Heterogeneous Data using VAEs*): ELBO and evidence are then those of the observed part, where values are
-missing at random.
+Incomplete Heterogeneous Data using VAEs*). If values are missing at random, the ELBO and the evidence are then those of
+the observed part.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["ObservedPart"]
 
 
 class ObservedPart(Broadcasting):
-    """The likelihood of what is observed in x, where NaN stands for a missing element.
+    """The likelihood of the observed elements of x, where NaN marks a missing element.
 
-    Missing elements are left out of log p(x|z), and have no gradient; draws are complete. For the encoder put
-    `pyro_vae.networks.MaskedInput` before its network.
+    Missing elements are left out of log p(x|z) and have no gradient. Draws are complete. In the encoder, wrap the
+    network in `pyro_vae.networks.MaskedInput`.
 
     Args:
-        likelihood: a conditional distribution with independent elements, or a `ConditionalProduct` of such.
+        likelihood: a conditional distribution with independent elements, or a `ConditionalProduct` of these.
 
     Raises:
-        TypeError: when called: a likelihood whose elements are not independent, such as a full covariance, where
-            leaving elements out is not integrating them out.
+        TypeError: when called, if the elements of the likelihood are not independent, as with a full covariance.
+            Leaving elements out would then not integrate them out.
 
     Example:
         >>> from pyro_vae.distributions import ConditionalNormal
@@ -55,7 +55,7 @@ class ObservedPart(Broadcasting):
 
 
 class Observed(dist.TorchDistribution):
-    """A distribution with independent elements that takes NaN as missing: see `ObservedPart`.
+    """A distribution with independent elements that treats NaN as missing; see `ObservedPart`.
 
     Args:
         complete: the distribution of complete data.
@@ -71,7 +71,7 @@ class Observed(dist.TorchDistribution):
             if len(part.event_shape) and _elements(part) is None:
                 raise TypeError(
                     f"likelihood of data with missing values: the elements of {type(part).__name__} are not "
-                    "independent. Expected a family such as ConditionalNormal, or a ConditionalProduct of such."
+                    "independent. Try a family such as ConditionalNormal, or a ConditionalProduct of such families."
                 )
         super().__init__(complete.batch_shape, complete.event_shape, validate_args=False)
 
@@ -111,7 +111,7 @@ class Observed(dist.TorchDistribution):
 
 
 class _OrMissing(constraints.Constraint):
-    """Constraints of elements, in runs of these sizes, or NaN."""
+    """A constraint for each run of elements, with runs of these sizes; NaN satisfies all of them."""
 
     def __init__(self, supports: list[Any], sizes: list[int], event_dim: int) -> None:
         self.supports, self.sizes, self.event_dim = supports, sizes, event_dim
@@ -126,18 +126,18 @@ class _OrMissing(constraints.Constraint):
 
 
 def _elements(part: Any) -> Any:
-    """The distribution of single elements under a distribution of independent ones, or None."""
+    """The distribution of the single elements of `part` if they are independent, otherwise None."""
     if isinstance(part, Independent) and part.reinterpreted_batch_ndims == len(part.event_shape):
         return part.base_dist
     return None
 
 
 def _filled(value: Tensor, support: Any) -> Tensor:
-    """With values inside the support, and not at its end, in place of those that are missing."""
+    """The value with its missing elements replaced by one in the support, not at its end if it is continuous."""
     fill = value.new_zeros(()) if support.is_discrete else biject_to(support)(value.new_zeros(()))
     return torch.where(value.isnan(), fill, value)
 
 
 def _log_prob(elements: Any, value: Tensor) -> Tensor:
-    """log p of each element, zero where it is missing; a gradient that is not finite has nowhere to come from."""
+    """log p of each element, zero where it is missing. Because missing elements are filled, gradients stay finite."""
     return elements.log_prob(_filled(value, elements.support)).masked_fill(value.isnan(), 0.0)

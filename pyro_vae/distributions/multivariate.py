@@ -1,12 +1,12 @@
 r"""Conditional Gaussians with full and low-rank covariance.
 
-A full covariance is
+The full covariance is
 
     z = μ + L ε,   L = diag(τ) (I + mask ∘ L' / √d),   Σ = L Lᵀ,
 
-the L = mask ∘ L' + diag(τ) of Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section
-2.5, with L' started at zero and its row i measured in units of τ_i √d: entries of order one then give a triangle whose
-inverse is of order one too, in any dimension, where entries of order τ_i alone give one that grows exponentially.
+This is the L = mask ∘ L' + diag(τ) of Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section
+2.5, except that L' starts at zero and that its row i has the unit τ_i / √d. Entries of order one then give a triangle
+whose inverse is also of order one, in any dimension. With the unit τ_i, the inverse would grow exponentially with d.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["ConditionalLowRankMultivariateNormal", "ConditionalMultivariateNorma
 
 
 class ConditionalMultivariateNormal(Conditional):
-    """The Normal with full covariance, y = μ + L ε with L = diag(τ) (I + mask ∘ L'/√d), over events of any shape.
+    """A Normal with full covariance, y = μ + L ε with L = diag(τ) (I + mask ∘ L'/√d), over events of any shape.
 
     Args:
         network: maps inputs to features.
-        event_shape: shape of one y, d elements in all; the head has d + d + d(d−1)/2 outputs.
+        event_shape: shape of one y, with d elements in all; the head has d + d + d(d−1)/2 outputs.
         features: see `Conditional`.
 
     Returns (when called):
-        A `MultivariateNormal`, which scores its own draws from the noise that made them.
+        A `MultivariateNormal`, which scores its own draws from the noise that generated them.
 
     References:
         Kingma & Welling (2019), An Introduction to Variational Autoencoders, section 2.5.
@@ -67,12 +67,12 @@ class ConditionalMultivariateNormal(Conditional):
 
 
 class ConditionalLowRankMultivariateNormal(Conditional):
-    """The Normal with covariance Σ = F Fᵀ + diag(σ²), F (d × rank), over vectors: between diagonal and full.
+    """A Normal over vectors with covariance Σ = F Fᵀ + diag(σ²), F (d × rank): between diagonal and full.
 
     Args:
         network: maps inputs to features.
         event_shape: d, the length of one y.
-        rank: columns of F, fewer than d.
+        rank: number of columns of F, from 1 to d.
         features: see `Conditional`.
 
     References:
@@ -95,7 +95,7 @@ class ConditionalLowRankMultivariateNormal(Conditional):
     ) -> None:
         shape = event_shape_of(event_shape)
         if len(shape) != 1 or not 1 <= rank <= shape[0]:
-            raise ValueError(f"low-rank Normal: expected a vector and 1 <= rank <= d, got {shape}, rank={rank}.")
+            raise ValueError(f"low-rank Normal: expected a vector and 1 <= rank <= d, got shape {shape}, rank {rank}.")
         super().__init__(network, shape, features=features, parameter_shapes=[shape, shape, (*shape, rank)])
         bias = self.free if network is None else self.head.bias
         with torch.no_grad():  # at F = 0 the gradient of F Fᵀ vanishes

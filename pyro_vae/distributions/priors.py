@@ -1,7 +1,7 @@
 r"""Priors p(z): the standard Normal, the Gaussian mixture, and the mixture of posteriors (VampPrior).
 
-Any distribution, or module that returns one when called, is a prior as well: a family without a network
-(`ConditionalNormal(None, 8)`), a flow (`ConditionalFlow(StandardNormal(8), …)`, or Zuko's).
+Any distribution, or any module that returns one when called, can also be a prior: a family without a network
+(`ConditionalNormal(None, 8)`), a flow (`ConditionalFlow(StandardNormal(8), …)`) or a flow of Zuko.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["GaussianMixture", "StandardNormal", "VampPrior"]
 
 
 class StandardNormal(nn.Module):
-    """The prior p(z) = N(0, I), on the device and in the dtype of the module. What it is called with is ignored.
+    """The prior p(z) = N(0, I), on the device and in the dtype of the module. It ignores its inputs.
 
     Args:
         event_shape: shape of one z.
@@ -41,12 +41,12 @@ class StandardNormal(nn.Module):
 
 
 class GaussianMixture(nn.Module):
-    r"""The prior p(z) = Σ_k π_k N(z; μ_k, diag σ_k²), all of it learned.
+    r"""The prior p(z) = Σ_k π_k N(z; μ_k, diag σ_k²), in which all parameters are learned.
 
     Args:
-        num_components: K.
+        num_components: number of components, K.
         event_shape: shape of one z.
-        spread: the μ_k start as draws of N(0, spread²).
+        spread: the μ_k start as draws from N(0, spread²).
 
     Example:
         >>> GaussianMixture(10, 2)().sample((5,)).shape
@@ -71,13 +71,13 @@ class VampPrior(nn.Module):
     r"""The variational mixture of posteriors, p(z) = 1/K Σ_k q(z|u_k), with learned pseudo-inputs u_k.
 
     The mixture of q(z|x_n) over the data is the prior that maximises the ELBO; K pseudo-inputs stand in for the data.
-    The posterior is shared with the VAE, which trains it, and is no part of this module's `state_dict`; give a VAE that
-    gets another posterior another VampPrior.
+    The posterior is shared with the VAE, which trains it, and is not part of this module's `state_dict`. A VAE with
+    another posterior needs another VampPrior.
 
     Args:
         posterior: the q(z|x) of the same VAE.
-        pseudo_inputs: where the u_k start, (K, *event of x), such as rows of the data.
-        limits: smallest and largest value of a pseudo-input; default: none.
+        pseudo_inputs: initial values of the u_k, (K, *event of x), such as rows of the data.
+        limits: smallest and largest value of a pseudo-input; default: no limits.
 
     References:
         Tomczak & Welling (2018), VAE with a VampPrior, equation 9.
@@ -103,7 +103,7 @@ class VampPrior(nn.Module):
 
 
 class _Mixture(dist.MixtureSameFamily):
-    """A mixture whose support is that of its components, in a form that can be transformed to the reals."""
+    """A mixture with the support of its components, in a form that can be mapped to the reals."""
 
     @property
     def support(self) -> Any:

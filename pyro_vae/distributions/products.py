@@ -17,16 +17,16 @@ __all__ = ["ConditionalProduct", "Product"]
 
 
 class ConditionalProduct(Broadcasting):
-    """The product of several conditional distributions of vectors: a row of a mixed table, column by column.
+    """The product of several conditional distributions of vectors: the row of a table with columns of several kinds.
 
-    x is the concatenation of the parts' values in the dtype of the inputs, so categories and counts are whole numbers
-    in a tensor of floats. Parts with the same network, the very same module, share one pass through it.
+    x is the concatenation of the parts' values in the dtype of the inputs, so that categories and counts are whole
+    numbers in a tensor of floats. If all parts have the same module as their network, they share one pass through it.
 
     Args:
-        *parts: conditional distributions over vectors, one for each run of columns of one kind.
+        *parts: conditional distributions over vectors, one for each group of adjacent columns of one kind.
 
     Raises:
-        ValueError: a part over another event than a vector.
+        ValueError: when called, if the event of a part is not a vector.
 
     Example:
         >>> from pyro_vae.distributions import ConditionalCategorical, ConditionalNormal, ConditionalPoisson
@@ -61,7 +61,7 @@ class ConditionalProduct(Broadcasting):
 
 
 class Product(dist.TorchDistribution):
-    """Independent distributions of vectors, their values concatenated.
+    """The joint distribution of independent vectors, whose values are concatenated.
 
     Args:
         parts: distributions over vectors.
@@ -122,7 +122,7 @@ class Product(dist.TorchDistribution):
 
 
 class _Elements(constraints.Constraint):
-    """A constraint of vectors as one of each of their elements."""
+    """A constraint on vectors, as a constraint on each of their elements."""
 
     event_dim = 0
 

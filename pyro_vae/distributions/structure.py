@@ -1,6 +1,6 @@
-r"""What every conditional distribution is, whatever it is made of: something that returns a distribution when called.
+r"""What all conditional distributions have in common: they return a distribution when called.
 
-A model and its amortized posterior are two factorisations of one coupling, p(z) p(x|z) and q(z|x), so the same classes
+A model and its amortized posterior factorise one coupling in two ways, p(z) p(x|z) and q(z|x), so that the same classes
 serve as prior, likelihood and posterior. `condition` calls anything that returns a distribution.
 """
 
@@ -21,18 +21,18 @@ __all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value"]
 
 
 def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
-    """The distribution of `conditional` given `inputs`, whatever kind of conditional distribution it is.
+    """The distribution of `conditional` given `inputs`, for any kind of conditional distribution.
 
     Args:
         conditional: a family of this package, a `pyro.distributions.ConditionalDistribution` (its `condition` is
             called), a distribution (returned as it is), or any callable that returns one: a module, a function, a Zuko
             flow.
         inputs: what to condition on.
-        event_dims: number of event dimensions of each input (those right of its batch dimensions).
-        role: how error messages call it.
+        event_dims: number of event dimensions of each input, which are to the right of its batch dimensions.
+        role: its name in error messages.
 
     Returns:
-        A Pyro distribution; one of torch or Zuko is wrapped into one.
+        A Pyro distribution. A distribution of torch or Zuko is wrapped in one.
 
     Raises:
         TypeError: `conditional` is not callable, or does not return a distribution.
@@ -62,18 +62,18 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
 
 
 class Broadcasting(nn.Module, ABC):
-    """Abstract: a conditional distribution that is told which dimensions of its inputs are those of events, and takes
-    everything left of them as batch, under any number of plates and particles."""
+    """Abstract base class: a conditional distribution that is told which dimensions of its inputs are event dimensions.
+    It takes all dimensions to their left as batch dimensions, under any number of plates and particles."""
 
     @abstractmethod
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        """The distribution of y given `inputs`, each (*batch, *event); `event_dims` counts the event dimensions of
-        each (default: one). Batch shapes broadcast.
+        """The distribution of y given `inputs`, each (*batch, *event). `event_dims` counts the event dimensions of
+        each input (default: one). Batch shapes broadcast.
         """
 
     @staticmethod
     def rows(inputs: Sequence[Tensor], event_dims: Sequence[int] | None) -> tuple[Size, list[Tensor]]:
-        """The batch shape of inputs, and these with the batch flattened, (B, *event)."""
+        """The batch shape of the inputs, and the inputs with the batch flattened, (B, *event)."""
         dims = [1] * len(inputs) if event_dims is None else event_dims
         batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
@@ -81,7 +81,7 @@ class Broadcasting(nn.Module, ABC):
 
 
 class Adapted(dist.TorchDistribution):
-    """A distribution of torch or Zuko as one of Pyro's, with the `support`, `sample` and `rsample` that Pyro's own
+    """A distribution of torch or Zuko as one of Pyro, with the `support`, `sample` and `rsample` that Pyro's own
     adapter for Zuko lacks."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -122,7 +122,7 @@ class Adapted(dist.TorchDistribution):
 
 
 def expected_value(distribution: Any) -> Tensor | None:
-    """E[y]; of categories, which have none, the most probable; None where it is not known in closed form."""
+    """E[y], or None if it is not known in closed form. Categories have no mean; theirs is the most probable one."""
     base = distribution
     while isinstance(base, Independent):
         base = base.base_dist
@@ -133,5 +133,5 @@ def expected_value(distribution: Any) -> Tensor | None:
 
 
 def event_shape_of(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """An event shape; an int is that of a vector."""
+    """The event shape as a tuple; an int is the length of a vector."""
     return (shape,) if isinstance(shape, int) else tuple(shape)

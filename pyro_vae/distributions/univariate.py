@@ -1,11 +1,11 @@
-r"""Distributions of single elements where torch's own lose their digits, or their tails.
+r"""Distributions of single elements for which torch's own lose digits, or their tails.
 
-Each is the Pyro distribution of its name, computed in another way. What large parameters lose is a difference of
-log-gammas: here it is what it exceeds its limit by,
+Each is the Pyro distribution of the same name, computed in another way. With large parameters, a difference of
+log-gammas loses its digits. Here it is replaced by its excess over its limit,
 
     excess(r, k) = log Γ(r + k) − log Γ(r) − k log r,
 
-zero for r → ∞, where the negative binomial becomes Poisson and Student's t Normal.
+which goes to zero for r → ∞, where the negative binomial becomes a Poisson and Student's t becomes a Normal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def excess(r: Tensor, k: Tensor | float) -> Tensor:
         tensor([0.4055, 0.0000])
     """
     large = r > 20
-    s = torch.where(large, r, 20.0)  # each branch sees only what it can take, or its gradient would be NaN
+    s = torch.where(large, r, 20.0)  # each branch gets only values that it can take; otherwise its gradient is NaN
     stirling = (s + k - 0.5) * torch.log1p(k / s) - k + _stirling_tail(s + k) - _stirling_tail(s)
     s = torch.where(large, 1.0, r)
     return torch.where(large, stirling, torch.lgamma(s + k) - torch.lgamma(s) - k * s.log())
@@ -43,7 +43,7 @@ def _stirling_tail(y: Tensor) -> Tensor:
 
 
 class NegativeBinomial(dist.NegativeBinomial):
-    """Counts with mean μ and variance μ + μ²/r, sound for any r:
+    """Counts with mean μ and variance μ + μ²/r, numerically stable for any r:
 
         log p(k) = excess(r, k) − (r + k) log(1 + μ/r) + k log μ − log k!.
 
@@ -76,12 +76,12 @@ class NegativeBinomial(dist.NegativeBinomial):
         if self._validate_args:
             self._validate_sample(value)
         count, mean, value = broadcast_all(self.total_count, self._mean, value)
-        poisson = value * mean.log() - torch.lgamma(value + 1)  # − μ, which the second term here becomes
+        poisson = value * mean.log() - torch.lgamma(value + 1)  # without −μ, the limit of the second term below
         return excess(count, value) - (count + value) * torch.log1p(mean / count) + poisson
 
 
 class StudentT(dist.StudentT):
-    """Student's t with ν degrees of freedom, sound for any ν: with y = (x − μ) / σ,
+    """Student's t with ν degrees of freedom, numerically stable for any ν. With y = (x − μ) / σ,
 
         log p(x) = excess(ν/2, ½) − (ν + 1)/2 log(1 + y²/ν) − log σ − ½ log 2π.
 
@@ -117,7 +117,7 @@ def _to_open_interval(constraint: _OpenInterval) -> Any:
 
 
 class Beta(dist.Beta):
-    """The Beta distribution on the open interval: at 0 and 1 its density is zero or infinite, or a limit at best.
+    """The Beta distribution on the open interval: at 0 and 1 its density is zero, infinite or defined only as a limit.
 
     Args:
         concentration1: α > 0.
@@ -131,19 +131,19 @@ class Beta(dist.Beta):
     support = _OpenInterval(0.0, 1.0)
 
 
-# log(L / (e^L − 1)) = −L/2 + Σ c_n L^(2n), the cumulants of the uniform distribution on [0, 1]
+# log(L / (e^L − 1)) = −L/2 + Σ c_n L^(2n), from the cumulants of the uniform distribution on [0, 1]
 _SERIES = (-1 / 24, 1 / 2880, -1 / 181440, 1 / 9676800, -1 / 479001600)
-_SMALL = 0.5  # the largest |L| for which it is used: what is left out is below 1e-11
+_SMALL = 0.5  # the largest |L| for which the series is used; its remainder is below 1e-11
 
 
 class ContinuousBernoulli(dist.ContinuousBernoulli):
-    """The density p(x) = exp(L x) L / (e^L − 1) on [0, 1] with logits L, sound for any L.
+    """The density p(x) = exp(L x) L / (e^L − 1) on [0, 1] with logits L, numerically stable for any L.
 
-    torch's goes by way of the probability 1/(1 + e^−L), which cannot be told from one beyond L = 16 in float32. Here
-    all is a function of L: of its Taylor series about zero, and elsewhere of e^−|L|.
+    torch computes it from the probability 1/(1 + e^−L), which in float32 cannot be told from one beyond L = 16. Here
+    everything is computed from L: by a Taylor series near zero, and from e^−|L| elsewhere.
 
     Args:
-        probs: 1/(1 + e^−L), or instead of it
+        probs: 1/(1 + e^−L). Give either this or `logits`.
         logits: L.
 
     Example:
@@ -158,7 +158,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
         logits, value = broadcast_all(self.logits, value)
         small, a = self._split(logits)
         series = logits * (value - 0.5) + sum(c * logits ** (2 * n) for n, c in enumerate(_SERIES, 1))
-        # the exponent is zero at the end where the mass is, and there x − 1 has no rounding
+        # the exponent is zero at the end that has most of the mass, where x − 1 is not rounded
         exact = logits * (value - (logits > 0).to(value.dtype)) + a.log() - torch.log(-torch.expm1(-a))
         return torch.where(small, series, exact)
 
@@ -166,7 +166,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
     def mean(self) -> Tensor:
         small, a = self._split(self.logits)
         series = 0.5 - sum(2 * n * c * self.logits ** (2 * n - 1) for n, c in enumerate(_SERIES, 1))
-        below = 1 / a + torch.exp(-a) / torch.expm1(-a)  # that of −|L|
+        below = 1 / a + torch.exp(-a) / torch.expm1(-a)  # the mean for −|L|
         return torch.where(small, series, torch.where(self.logits > 0, 1 - below, below))
 
     @property
@@ -199,7 +199,7 @@ class ContinuousBernoulli(dist.ContinuousBernoulli):
 
     @staticmethod
     def _split(logits: Tensor, below: float = _SMALL) -> tuple[Tensor, Tensor]:
-        """Where |L| is small, and |L| with one there, so that the formula that is not used has a finite gradient."""
+        """Where |L| is small, and |L| with ones there, so that the formula that is not used has a finite gradient."""
         a = logits.abs()
         return a < below, torch.where(a < below, 1.0, a)
 
