@@ -1,4 +1,4 @@
-"""Weights on disk: written whole or not at all, and loaded whole or not at all."""
+"""Weights on disk, which are written and loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["load_weights", "read", "save_weights", "write"]
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:
-    """Writes the `state_dict` of a module, atomically: an interrupted run leaves the file that was there before.
+    """Writes the `state_dict` of a module atomically: an interrupted call leaves the previous file in place.
 
-    The file is plain tensors, and opens with `torch.load(path, weights_only=True)`.
+    The file contains only plain tensors, and opens with `torch.load(path, weights_only=True)`.
 
     Args:
         module: any module, e.g. a `VAE`.
-        path: of the file; its folder exists.
+        path: name of the file, in a folder that exists.
 
     Raises:
-        ValueError: there is no such folder, or `path` is one.
+        ValueError: the folder does not exist, or `path` is itself a folder.
 
     Example:
         >>> import tempfile
@@ -57,28 +57,28 @@ def write(state: Any, path: str | Path) -> None:
 
 
 def read(path: str | Path, refusal: str) -> Any:
-    """What `write` wrote; ValueError with the message `refusal` for a file or folder that it cannot have written."""
+    """Reads what `write` wrote. ValueError with the message `refusal` if `write` cannot have written what is there."""
     if Path(path).is_dir():
         raise ValueError(refusal)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # whatever the reader makes of foreign bytes
+    except Exception as error:  # torch.load raises many kinds of errors on foreign bytes
         raise ValueError(refusal) from error
 
 
 def load_weights(module: nn.Module, path: str | Path) -> None:
-    """Loads weights written by `save_weights`, onto the module's device. If anything does not fit, nothing is changed.
+    """Loads weights that `save_weights` wrote, onto the module's device. If anything does not fit, nothing changes.
 
     Args:
-        module: built as the one that was saved.
-        path: of the file.
+        module: built like the module that was saved.
+        path: name of the file.
 
     Raises:
         ValueError: names or shapes differ (the message lists them), or `save_weights` did not write the file.
     """
-    refusal = f"{path} was not written by save_weights. Try the file that was, or to save the weights again."
+    refusal = f"{path} was not written by save_weights. Try another file, or save the weights again."
     saved = read(path, refusal)
     if not (isinstance(saved, dict) and all(isinstance(tensor, Tensor) for tensor in saved.values())):
         raise ValueError(refusal)

@@ -1,9 +1,9 @@
-"""Networks: tensor → tensor modules without any probability in them.
+"""Networks: modules that map tensors to tensors, without any probability.
 
-Each maps rows of inputs to rows of features, and says how wide these are (`out_features`, an int for a
-vector or a shape (channels, height, width) for a feature map), so that the head of a conditional
-distribution (`pyro_vae.distributions`) knows what it gets. Nothing here is special: every `nn.Module`
-serves as a network; these are those that nearly everybody writes.
+Each network maps rows of inputs to rows of features. Its attribute `out_features` gives their size, an int for a
+vector or a shape (channels, height, width) for a feature map. The head of a conditional distribution
+(`pyro_vae.distributions`) reads it. Nothing here is special: any `nn.Module` can serve as a network. These are the
+ones that nearly everybody writes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "MaskedInput"]
 class MLP(nn.Module):
     """A multilayer perceptron, h = a(W_l ··· a(W_1 x + b_1) ··· + b_l), over an event of any shape.
 
-    The last hidden layer is the output: the linear map to parameters belongs to the head.
-    An empty `hidden_sizes` flattens the input and nothing else, which makes a linear model.
+    The output is the last hidden layer; the linear map to parameters belongs to the head.
+    With an empty `hidden_sizes`, the network only flattens its input, which makes a linear model.
 
     Args:
         in_shape: shape of one input, e.g. 784 or (28, 28); it is flattened.
         hidden_sizes: widths of the hidden layers, e.g. [400, 200].
-        context_size: total width of further inputs, vectors that are concatenated to the first one.
-        activation: makes the nonlinearity, as in `nn.ELU`.
+        context_size: total width of the context: further input vectors, which are concatenated to the first input.
+        activation: class of the nonlinearity, or a function that makes it, such as `nn.ELU`.
 
     Example:
         >>> net = MLP((28, 28), [400], context_size=10)
@@ -61,14 +61,14 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions, each halving height and width, then one dense layer.
+    """Strided convolutions, each of which halves height and width, followed by one dense layer.
 
     Args:
         in_shape: (channels, height, width) of an image.
         channels: output channels of the convolutions (kernel 3, stride 2, padding 1).
         out_features: width of the dense layer.
-        context_size: total width of further inputs, concatenated before the dense layer.
-        activation: makes the nonlinearity.
+        context_size: total width of the context, which is concatenated before the dense layer.
+        activation: class of the nonlinearity, or a function that makes it.
 
     Example:
         >>> ConvEncoder((1, 28, 28), [16, 32], 64)(torch.zeros(5, 1, 28, 28)).shape
@@ -103,17 +103,17 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror image of `ConvEncoder`: a dense layer, then transposed convolutions, each doubling.
+    """The mirror image of `ConvEncoder`: a dense layer, then transposed convolutions that double height and width.
 
-    The output is a feature map (channels[-1], height, width), at the size of the image; the head maps its
-    channels to parameters pixel by pixel (a 1×1 convolution).
+    The output is a feature map (channels[-1], height, width) of the size of the image. The head maps its
+    channels to parameters pixel by pixel, as a 1×1 convolution.
 
     Args:
         in_features: width of the latent vector.
-        channels: channels from the smallest map to the last, one doubling for each, e.g. [32, 16].
+        channels: channels of the feature maps from the smallest to the last, with one doubling for each, e.g. [32, 16].
         out_size: (height, width) of the image.
-        context_size: total width of further inputs, concatenated to the latent vector.
-        activation: makes the nonlinearity.
+        context_size: total width of the context, which is concatenated to the latent vector.
+        activation: class of the nonlinearity, or a function that makes it.
 
     Example:
         >>> ConvDecoder(8, [32, 16], (28, 28))(torch.zeros(5, 8)).shape
@@ -151,13 +151,13 @@ class ConvDecoder(nn.Module):
 
 
 class MaskedInput(nn.Module):
-    """A network that sees which elements of its input are missing (NaN): zeros in their place, and the mask.
+    """A network that sees which elements of its input are missing (NaN): it gets zeros in their place, and a mask.
 
-    The mask, one where there is a value, is joined to the values along the first dimension of the event: a vector of
-    length D becomes one of 2D, an image of C channels one of 2C.
+    The mask is one where there is a value. It is concatenated to the values along the first event dimension: a vector
+    of length D becomes one of length 2D, and an image with C channels becomes one with 2C channels.
 
     Args:
-        network: takes the doubled input (and context).
+        network: takes the doubled input (and the context).
 
     Example:
         >>> net = MaskedInput(MLP(2 * 3, [16]))

@@ -1,7 +1,7 @@
-r"""Figures of what a fit gave, as functions of arrays that draw on matplotlib axes and return them.
+r"""Figures of the results of a fit: functions that draw arrays on matplotlib axes and return the axes.
 
-Arrays are numpy arrays, tensors (on any device) or lists. Without `ax` a new figure is made with `pyplot`. Matplotlib
-is imported when the first figure is drawn: the package does without it.
+Arrays are numpy arrays, tensors (on any device) or lists. Without `ax`, `pyplot` makes a new figure. Matplotlib is
+imported when the first figure is drawn; the rest of the package does not need it.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = [
 def plot_training(
     loss: Any, validation_loss: Any = (), *, label: str | None = None, quantity: str = "−ELBO", ax: Axes | None = None
 ) -> Axes:
-    """The loss of each epoch; call it again with the same axes for each further run.
+    """Plots the loss of each epoch. To add a further run, call it again with the same axes.
 
-    Training loss is dashed, validation loss solid, both in the colour of the run; losses that are not finite leave a
-    gap.
+    The training loss is a dashed line and the validation loss a solid line, both in the colour of the run. Losses that
+    are not finite leave a gap.
 
     Args:
-        loss: nats per data point, (epochs,), as `FitResult.loss`.
-        validation_loss: nats per data point, (epochs,), as `FitResult.validation_loss`; empty for none.
+        loss: training loss, nats per data point, (epochs,), such as `FitResult.loss`.
+        validation_loss: nats per data point, (epochs,), such as `FitResult.validation_loss`; empty for none.
         label: name of the run.
-        quantity: what the loss is, for the axis.
+        quantity: name of the loss, for the label of the axis.
         ax: where to draw; default: a new figure.
 
     Returns:
@@ -75,21 +75,21 @@ def plot_images(
     limits: tuple[float, float] = (0.0, 1.0),
     ax: Axes | None = None,
 ) -> Axes:
-    """A grid of grey images, such as originals over their reconstructions, samples, or a walk through latent space.
+    """Draws a grid of grey images: originals above their reconstructions, samples, or a walk through latent space.
 
     Args:
         images: (rows, columns, height, width).
-        row_labels: a text for each row, left of it.
-        column_labels: a text for each column, above it.
-        cmap: matplotlib's name of the colours; the default is dark on white.
-        limits: values of the first and last colour.
+        row_labels: a text for each row, shown to its left.
+        column_labels: a text for each column, shown above it.
+        cmap: name of a matplotlib colormap; the default draws dark on white.
+        limits: values that get the first and the last colour.
         ax: where to draw; default: a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ValueError: `images` of another shape, or as many labels as there are not rows or columns.
+        ValueError: `images` has another shape, or the number of labels differs from the number of rows or columns.
 
     Example:
         >>> ax = plot_images(np.zeros((2, 5, 8, 8)), row_labels=["data", "reconstruction"])
@@ -112,7 +112,7 @@ def plot_images(
     images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)  # NaN shows the background
     mosaic = images.swapaxes(1, 2).reshape(rows * (height + gap), columns * (width + gap))[:-gap, :-gap]
     ax = _axes(ax)
-    ax.set_facecolor("0.85")  # tells where a white image ends
+    ax.set_facecolor("0.85")  # shows where a white image ends
     ax.imshow(mosaic, cmap=cmap, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     ax.set_yticks(np.arange(rows) * (height + gap) + (height - 1) / 2 if row_labels else [], row_labels or [])
     ax.set_xticks(np.arange(columns) * (width + gap) + (width - 1) / 2 if column_labels else [], column_labels or [])
@@ -131,17 +131,17 @@ def plot_traversal(
     ax: Axes | None = None,
     **options: Any,
 ) -> Axes:
-    """What each latent dimension does: images of z with one dimension at a time moved, a row for each.
+    """Shows what each latent dimension does: each row has images of z in which only one dimension moves.
 
     Args:
         decode: maps a tensor of codes (rows, columns, D) to images (rows, columns, height, width), such as
             `lambda z: vae.decode(z).mean`.
-        z: where the walks meet, a tensor (D,), such as the posterior mean of an image.
-        dimensions: which to move; default: all.
-        steps: by how much.
+        z: the code that is moved, a tensor (D,), such as the posterior mean of an image.
+        dimensions: the dimensions to move, from 0; default: all.
+        steps: the amounts that are added to the dimension.
         row_labels: a text for each dimension; default: its number, from 1.
         ax: where to draw; default: a new figure.
-        **options: of `plot_images`.
+        **options: passed to `plot_images`.
 
     Returns:
         The axes.
@@ -166,15 +166,15 @@ def plot_traversal(
 def plot_interpolation(
     decode: Callable[[Any], Any], start: Any, stop: Any, *, num: int = 9, ax: Axes | None = None, **options: Any
 ) -> Axes:
-    """Images on straight lines in latent space from `start` to `stop`, a row for each line.
+    """Draws images along straight lines in latent space from `start` to `stop`, one row for each line.
 
     Args:
         decode: as for `plot_traversal`.
-        start: codes, a tensor (rows, D).
-        stop: codes, a tensor (rows, D).
-        num: images in a row, both ends included.
+        start: codes at the left ends, a tensor (rows, D).
+        stop: codes at the right ends, a tensor (rows, D).
+        num: number of images in a row, including both ends.
         ax: where to draw; default: a new figure.
-        **options: of `plot_images`.
+        **options: passed to `plot_images`.
 
     Returns:
         The axes.
@@ -190,12 +190,12 @@ def plot_interpolation(
 
 
 def plot_latent_usage(kl: Any, active: Any, *, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """KL(q‖p) of each latent dimension, the largest first; those that are not active in grey.
+    """Plots KL(q‖p) of each latent dimension, the largest first, with inactive dimensions in grey.
 
     Args:
-        kl: (D,), nats, as `LatentUsage.kl`.
-        active: (D,), as `LatentUsage.active`.
-        label: what the title starts with.
+        kl: (D,), nats, such as `LatentUsage.kl`.
+        active: (D,), such as `LatentUsage.active`.
+        label: text at the start of the title.
         ax: where to draw; default: a new figure.
 
     Returns:
@@ -221,10 +221,10 @@ def plot_latent_usage(kl: Any, active: Any, *, label: str | None = None, ax: Axe
 def plot_embedding(
     points: Any, classes: Any = None, *, class_names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Points in the plane, such as posterior means, coloured by class.
+    """Plots points in the plane, such as posterior means, coloured by class.
 
     Args:
-        points: (N, 2); for more latent dimensions, project first and say so in the axis labels.
+        points: (N, 2). Project codes with more dimensions first, and say so in the axis labels.
         classes: (N,), integers from 0; default: one colour.
         class_names: a name for each class, for the legend; default: the numbers.
         ax: where to draw; default: a new figure.
@@ -233,7 +233,7 @@ def plot_embedding(
         The axes.
 
     Raises:
-        ValueError: `points` of another shape.
+        ValueError: `points` has another shape.
 
     Example:
         >>> ax = plot_embedding(np.eye(2), [0, 1], class_names=["cat", "dog"])
@@ -246,7 +246,7 @@ def plot_embedding(
 
     points = _array(points)
     if points.ndim != 2 or points.shape[1] != 2:
-        raise ValueError(f"points: expected shape (N, 2), got {points.shape}. Try two principal components of them.")
+        raise ValueError(f"points: expected shape (N, 2), got {points.shape}. Try two of their principal components.")
     ax = _axes(ax)
     style = {"s": np.clip(4000 / max(len(points), 1), 4, 30), "alpha": 0.8, "linewidths": 0, "rasterized": True}
     if classes is None:
@@ -254,7 +254,7 @@ def plot_embedding(
     else:
         classes = _array(classes).astype(int)
         names = range(classes.max() + 1) if class_names is None else class_names
-        # up to ten classes get colours that are told apart, more of them a scale of even lightness steps
+        # up to ten classes get distinct colours; more classes get a scale with even steps in lightness
         colours = np.array(
             matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
             if len(names) <= 10
@@ -270,14 +270,14 @@ def plot_embedding(
 
 
 def plot_khat(khat: Any, threshold: float = 0.7, *, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """Pareto k-hat of each data point, with the line above which its importance weights are not to trust.
+    """Plots the Pareto k-hat of each data point and the line above which its importance weights cannot be trusted.
 
-    Values that are not finite cannot be drawn: the title counts them, apart from those above the threshold.
+    Values that are not finite cannot be drawn. The title counts them separately from those above the threshold.
 
     Args:
-        khat: (N,), as `Evidence.pareto_khat`.
-        threshold: the largest k-hat to trust, as `Evidence.threshold`.
-        label: what the title starts with.
+        khat: (N,), such as `Evidence.pareto_khat`.
+        threshold: the largest k-hat to trust, such as `Evidence.threshold`.
+        label: text at the start of the title.
         ax: where to draw; default: a new figure.
 
     Returns:
