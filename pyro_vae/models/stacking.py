@@ -1,8 +1,8 @@
-"""Stacked models: each layer is a VAE (or an autoencoder) of the codes of the layer before, and the stack is one again.
+"""Stacked models: each layer is a VAE (or an autoencoder) of the previous layer's codes, and the stack is again a VAE.
 
 Greedy layer-wise training (Hinton & Salakhutdinov 2006, *Reducing the Dimensionality of Data with Neural Networks*;
 Bengio et al. 2007, *Greedy Layer-Wise Training of Deep Networks*): `fit_layers` trains one layer after the other,
-`stack` composes them, `fit` then tunes the whole.
+`stack` composes them, and `fit` then tunes the whole.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["fit_layers", "stack"]
 
 
 def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any) -> list[FitResult]:
-    """Trains each layer on the codes of the one before, E_q[z|x], greedily.
+    """Trains the layers greedily, each on the codes E_q[z|x] of the layer before.
 
     Args:
-        layers: the first is one of the data, each other of the latent variable before.
+        layers: VAEs. The first models the data, and each further one the latent variable of the layer before.
         data: (N, *event).
-        **options: of `fit`. `validation_data` is encoded along with the data. A `checkpoint` is a file for each layer:
-            with "fit.pt" they are "fit_1.pt", "fit_2.pt", ….
+        **options: passed to `fit`. `validation_data` is encoded along with the data. Each layer has its own
+            `checkpoint`: "fit.pt" becomes "fit_1.pt", "fit_2.pt", ….
 
     Returns:
-        A `FitResult` for each layer: the same as of fits that one does by hand.
+        A `FitResult` for each layer, the same as if the layers were fitted by hand.
 
     Raises:
-        TypeError: one VAE instead of a list; data with context, or in a DataLoader.
+        TypeError: `layers` is one VAE instead of a list, or the data have context or are in a DataLoader.
 
     Example:
         >>> from pyro_vae.distributions import ConditionalNormal, StandardNormal
@@ -64,15 +64,15 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
 
 
 def stack(layers: Sequence[VAE], *, name: str = "stack") -> VAE:
-    """The layers as one VAE, of the data and of the last layer's latent variable, with their weights, not copies.
+    """Combines the layers into one VAE of the data and the last layer's latent variable. It shares their weights.
 
-    What lies between first and last layer passes as means: q(z|x) is the last layer's posterior given the means of
-    those below, p(x|z) the first layer's likelihood given the means of those above. Context is that of the data: only
-    the first layer sees it.
+    The layers pass on means: q(z|x) is the last layer's posterior given the posterior means of the layers below, and
+    p(x|z) is the first layer's likelihood given the likelihood means of the layers above. Context belongs to the data,
+    so that only the first layer sees it.
 
     Args:
-        layers: as for `fit_layers`; one may stand in more than one place.
-        name: of the new VAE.
+        layers: as for `fit_layers`; the same layer may occur more than once.
+        name: name of the new VAE.
 
     Returns:
         A `VAE`.
@@ -84,8 +84,8 @@ def stack(layers: Sequence[VAE], *, name: str = "stack") -> VAE:
 
 
 class _Composed(Broadcasting):
-    """The last of several conditional distributions, given the mean of the one before it, and so on; the part at
-    `context_at` takes the context too."""
+    """A chain of conditional distributions: each gets the mean of the one before it, and the last one is the result.
+    The part at `context_at` also gets the context."""
 
     def __init__(self, parts: Sequence[Any], role: str, context_at: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class _Composed(Broadcasting):
 
 
 class _NoModule(nn.Module):
-    """A conditional distribution that is no module, such as a function, in a list of modules."""
+    """A module around a conditional distribution that is not one, such as a function, for a list of modules."""
 
     def __init__(self, part: Any) -> None:
         super().__init__()
@@ -115,20 +115,20 @@ class _NoModule(nn.Module):
 
 def _check_layers(layers: Any, where: str) -> None:
     if isinstance(layers, nn.Module):
-        raise TypeError(f"{where}: expected a list of VAEs, got one {type(layers).__name__}. Try a list of it.")
+        raise TypeError(f"{where}: expected a list of VAEs, got one {type(layers).__name__}. Try [layer].")
     if not layers:
         raise ValueError(f"{where}: expected at least one layer, got none. Try [VAE(…), VAE(…)].")
 
 
 def _rows(x: Any, name: str) -> Tensor:
-    """Data as one tensor, which can be encoded."""
+    """The data as one tensor, which can be encoded."""
     if isinstance(x, np.ndarray):
         x = torch.from_numpy(np.array(x))
         x = x.to(torch.get_default_dtype()) if x.is_floating_point() else x
     if not isinstance(x, Tensor):
         raise TypeError(
             f"fit_layers: {name}: expected a tensor or a numpy array, got {type(x).__name__}. Try a tensor of all "
-            "rows, or fit(…) for each layer, with the means of layer.encode(…) as the data of the next."
+            "rows, or fit(…) for each layer, with the means of layer.encode(…) as the data of the next one."
         )
     return x
 
@@ -142,7 +142,7 @@ def _mean(distribution: Any, role: str) -> Tensor:
     mean = expected_value(distribution)
     if mean is None:
         raise ValueError(
-            f"{role}: the mean of {type(distribution).__name__} is not known, so that no layer can be put on top. "
+            f"{role}: the mean of {type(distribution).__name__} is not known, so that no layer can follow it. "
             "Try a family such as ConditionalDelta or ConditionalNormal."
         )
     return mean

@@ -3,7 +3,7 @@ r"""The variational autoencoder: three conditional distributions become a Pyro m
     model: z ~ p(z), x ~ p(x|z)        guide: z ~ q(z|x)        in plate "data", with sites "z" and "x"
 
 (Kingma & Welling 2014, *Auto-Encoding Variational Bayes*; Rezende, Mohamed & Wierstra 2014.) Both are plain Pyro
-functions: everything that takes a (model, guide) pair takes `vae.model, vae.guide`.
+functions: everything that takes a (model, guide) pair also takes `vae.model, vae.guide`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from pyro_vae.pairs.modes import evaluation_mode
 
 __all__ = ["VAE"]
 
-ROWS_AT_ONCE = 4096  # of generate, reconstruct and similar
+ROWS_AT_ONCE = 4096  # in one pass of generate, reconstruct and similar
 
 
 class VAE(nn.Module):
     """p(z), p(x|z) and an amortized q(z|x), as a Pyro model and guide.
 
-    Each role is filled by anything that returns a distribution: a conditional distribution of this package, an
-    `nn.Module` or function, a fixed distribution (as prior), a `pyro.distributions.ConditionalDistribution`, a Zuko
-    flow.
+    Anything that returns a distribution can fill a role: a conditional distribution of this package, an `nn.Module` or
+    function, a fixed distribution (as prior), a `pyro.distributions.ConditionalDistribution` or a Zuko flow.
     Further arguments of `model` and `guide` are context c, for p(x|z, c) and q(z|x, c); p(z) does not depend on it.
 
-    Weights are registered with Pyro when the model or guide runs, as `name$$$role.parameter`, so that
-    `pyro.infer.SVI` trains them. A second VAE of the same name gets a name of its own ("vae_2") there: two VAEs never
-    share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Save them with
-    `pyro_vae.checkpoint.save_weights`: what is in Pyro's store cannot be pickled.
+    When the model or guide runs, it registers its weights with Pyro as `name$$$role.parameter`, so that
+    `pyro.infer.SVI` trains them. A second VAE with the same name gets its own name there ("vae_2"), so that two VAEs
+    never share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Save weights with
+    `pyro_vae.checkpoint.save_weights`, because parameters in Pyro's store cannot be pickled.
 
     Args:
-        prior: called without arguments (or a fixed distribution), p(z).
-        likelihood: called with z (and context), p(x|z).
-        posterior: called with x (and context), q(z|x), the approximate posterior.
+        prior: p(z), called without arguments, or a fixed distribution.
+        likelihood: p(x|z), called with z (and context).
+        posterior: the approximate posterior q(z|x), called with x (and context).
         name: prefix of the parameters in Pyro's parameter store.
 
     Example:
@@ -68,12 +67,12 @@ class VAE(nn.Module):
     # -- the two Pyro functions ---------------------------------------------------------------------------------------
 
     def model(self, x: Tensor | None = None, *context: Tensor, size: int | None = None) -> Tensor:
-        """z ~ p(z), x ~ p(x|z, c) in plate "data"; observes `x`, or generates `size` rows where there is none.
+        """z ~ p(z), x ~ p(x|z, c) in plate "data". It observes `x`, or generates `size` rows if `x` is None.
 
         Args:
             x: (N, *event), or None.
             *context: c, each (N, *event).
-            size: how many rows to generate without x; default: as many as the context has, or one.
+            size: number of rows to generate without x; default: as many as the context has, or one.
 
         Returns:
             x, (N, *event).
@@ -99,8 +98,8 @@ class VAE(nn.Module):
                 if not x.isnan().any():
                     raise
                 raise ValueError(
-                    "posterior: no distribution for rows with missing values (NaN). Try MaskedInput(network), a "
-                    "network of twice the width that sees what is missing."
+                    "posterior: its network cannot take rows with missing values (NaN). Try MaskedInput(network), with "
+                    "a network for inputs of twice the width, which sees which elements are missing."
                 ) from error
             self._check_posterior(q_z, x)
             return pyro.sample("z", q_z)
@@ -123,12 +122,12 @@ class VAE(nn.Module):
             return condition(self.likelihood, z, *context, event_dims=dims, role="likelihood")
 
     def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
-        """New data: z ~ p(z), x ~ p(x|z, c).
+        """Generates new data: z ~ p(z), x ~ p(x|z, c).
 
         Args:
-            size: N; default: as many as the context has rows.
+            size: N; default: the number of rows of the context, or one.
             *context: c, each (N, *event).
-            mean: E[x|z] instead of a draw of x.
+            mean: return E[x|z] instead of a draw of x.
 
         Returns:
             (N, *event).
@@ -149,13 +148,13 @@ class VAE(nn.Module):
         return _in_chunks(rows, size)
 
     def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False) -> Tensor:
-        """x encoded and decoded again: z ~ q(z|x, c), x' ~ p(x|z, c).
+        """Encodes x and decodes it again: z ~ q(z|x, c), x' ~ p(x|z, c).
 
         Args:
             x: (N, *event).
             *context: c, each (N, *event).
-            mean: E[x'|z] at z = E_q[z] instead of draws of z and x'; where a distribution has no mean in closed form (a
-                flow), a draw of it; of categories, the most probable.
+            mean: return E[x'|z] at z = E_q[z] instead of draws of z and x'. A distribution without a mean in closed
+                form (a flow) gives a draw, and categories give the most probable one.
 
         Returns:
             (N, *event).
@@ -169,13 +168,13 @@ class VAE(nn.Module):
         return _in_chunks(rows, len(x))
 
     def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
-        """Data like x: for each row, draws z_1, …, z_size ~ q(z|x, c), and x' ~ p(x|z_s, c) for each.
+        """Generates data like x: it draws z_1, …, z_size ~ q(z|x, c) for each row, and x' ~ p(x|z_s, c) for each z_s.
 
         Args:
             x: (N, *event).
             *context: c, each (N, *event).
-            size: draws for each row.
-            mean: E[x'|z_s] instead of draws of x': what differs then is the code alone.
+            size: number of draws for each row.
+            mean: return E[x'|z_s] instead of draws of x', so that only the codes differ between draws.
 
         Returns:
             (size, N, *event).
@@ -195,7 +194,7 @@ class VAE(nn.Module):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _latent_shape(self) -> torch.Size:
-        """Event shape of z, from the prior."""
+        """The event shape of z, from the prior."""
         if self._shape_of is None or self._shape_of[0] is not self.prior:
             with poutine.block(), torch.no_grad():
                 self._shape_of = self.prior, condition(self.prior, role="prior").event_shape
@@ -214,14 +213,14 @@ class VAE(nn.Module):
             check_support("x", {"fn": p_x, "value": x, "mask": None})
 
     def _condition(self, role: str, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        """The distribution in this role given `inputs`, its parameters passed through `pyro.param`."""
+        """The distribution in this role given `inputs`, with its parameters passed through `pyro.param`."""
         part = getattr(self, role)
         parameters = self._trainable(role)
         if parameters:
             prefix = f"{self._store_name(role)}$$${role}."
             values = {name: pyro.param(prefix + name, p) for name, p in parameters.items()}
             changed = {f"part.{name}": v for name, v in values.items() if v is not parameters[name]}
-            if changed:  # a handler, such as poutine.lift, put other values in the place of the weights
+            if changed:  # a handler, such as poutine.lift, replaced the weights by other values
                 options = {"event_dims": event_dims, "role": role}
                 return torch.func.functional_call(_Conditioned(part), changed, inputs, options)
         return condition(part, *inputs, event_dims=event_dims, role=role)
@@ -236,7 +235,7 @@ class VAE(nn.Module):
         name, first = next(iter(self._trainable(role).items()))
         key = f"{self._registered}$$${role}.{name}"
         if key in store and store[key] is first:
-            return self._registered  # the usual case, in every run but the first
+            return self._registered  # the usual case: every run after the first
         mine = {f"{r}.{n}": p for r in ("prior", "likelihood", "posterior") for n, p in self._trainable(r).items()}
         for candidate in chain([self._registered, self.name], (f"{self.name}_{i}" for i in count(2))):
             keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
@@ -244,9 +243,9 @@ class VAE(nn.Module):
             strange = [key for key in clashes if not hasattr(store[key], "_pyro_vae")]
             if strange:
                 raise ValueError(
-                    f"VAE {self.name!r}: Pyro's parameter store already holds {strange[0]!r}, which is no weight of a "
-                    "VAE, so this one would train other weights than it uses. Try VAE(…, name=…) with another name, "
-                    "pyro.clear_param_store(), or load_state_dict to load weights."
+                    f"VAE {self.name!r}: Pyro's parameter store already holds {strange[0]!r}, which is not a weight of "
+                    "a VAE. Pyro would train that one, and not the weight that this VAE uses. Try VAE(…, name=…) with "
+                    "another name, pyro.clear_param_store(), or load_state_dict to load weights."
                 )
             if not clashes:
                 break
@@ -268,7 +267,7 @@ class _Conditioned(nn.Module):
 
 
 def _event_dims(*rows: Tensor) -> list[int]:
-    """Of tensors of rows."""
+    """The number of event dimensions of each tensor of rows."""
     for x in rows:
         if not isinstance(x, Tensor) or not x.dim():
             got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
@@ -283,7 +282,7 @@ def _value(distribution: Any, mean: bool) -> Tensor:
 
 def _in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
     if size < 1:
-        raise ValueError(f"expected at least one row, of data or to generate, got {size}.")
+        raise ValueError(f"expected at least one row of data, or one to generate, got {size}.")
     at_once = max(1, ROWS_AT_ONCE // draws)
     return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
 
