@@ -1,1 +1,1 @@
-"""Bridges to other libraries, each imported only when it is used: `arviz`, `sklearn`."""
+"""Bridges to other libraries, `arviz` and `sklearn`. Each is imported only when it is used."""

@@ -1,12 +1,13 @@
-"""ArviZ: what a Pyro model and its inference say, as `InferenceData` (ArviZ 0.2x) or `xarray.DataTree` (ArviZ 1.x).
+"""ArviZ: Pyro models and their inference as `InferenceData` (ArviZ 0.2x) or `xarray.DataTree` (ArviZ 1.x).
 
-Both hold the same groups, variables, dimensions and coordinates, and save to netCDF. Dimensions are (chain, draw), then
-one named after each plate, then those of the event, named by the user or `site_dim_0`, …
+Both hold the same groups, variables, dimensions and coordinates, and can be saved to netCDF. The dimensions are (chain,
+draw), then one named after each plate, then those of the event, which the user names or which are `site_dim_0`, ….
 
-The draws of an amortized posterior are independent, so R-hat and MCMC's effective sample size say nothing about them.
-`sample_stats` does: the importance weights of the draws, and per data point the evidence, its effective sample size and
-k-hat. `log_likelihood` is log p(x|z), given the latents of the same point: leave-one-out cross-validation of it
-(`az.loo`) does not compare models. For that there is the marginal log p(x) of held-out data, `log_evidence`.
+The draws of an amortized posterior are independent, so that R-hat and MCMC's effective sample size say nothing about
+them. `sample_stats` does: it holds the importance weights of the draws and, for each data point, the evidence, its
+effective sample size and k-hat. `log_likelihood` is log p(x|z), given the latents of the same data point, so that
+its leave-one-out cross-validation (`az.loo`) does not compare models. To compare models, use `log_evidence`, the
+marginal log p(x), of held-out data.
 """
 
 from __future__ import annotations
@@ -41,18 +42,19 @@ def from_pyro_svi(
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Converts a Pyro model and guide, trained by SVI, with data points in a plate.
+    """Converts a Pyro model and guide that are trained by SVI and have their data points in a plate.
 
-    Groups: posterior (draws of the guide), posterior_predictive (x ~ p(x|z) for each of them), prior, prior_predictive,
-    observed_data, log_likelihood (log p(x|z), per element of the innermost plates) and sample_stats: per draw `log_p`
-    (log p(x, z)), `log_q` (log q(z|x)) and `log_weights` (their difference), per data point `log_evidence`, its
-    `log_evidence_error`, `ess` and `pareto_k`, all in nats, by importance sampling with the same draws.
+    Groups: posterior (draws of the guide), posterior_predictive (x ~ p(x|z) for each of these draws), prior,
+    prior_predictive, observed_data, log_likelihood (log p(x|z), per element of the innermost plates) and sample_stats.
+    For each draw, sample_stats has `log_p` (log p(x, z)), `log_q` (log q(z|x)) and `log_weights` (their difference).
+    For each data point, it has `log_evidence`, its `log_evidence_error`, `ess` and `pareto_k`, from importance sampling
+    with the same draws. All log-probabilities are in nats.
 
     Args:
         model: a Pyro model.
         guide: its guide.
         *args: what both are called with.
-        num_samples: draws.
+        num_samples: number of draws.
         plate: name of the plate of data points.
         coords: {dimension: labels}; default 0, 1, 2, …
         dims: {site: names of its event dimensions, or of all that follow (chain, draw)}.
@@ -63,7 +65,7 @@ def from_pyro_svi(
         `arviz.InferenceData` on ArviZ 0.2x, `xarray.DataTree` on 1.x; one chain.
 
     Raises:
-        ValueError: as `draw_particles`; coords or dims that do not fit.
+        ValueError: as in `draw_particles`; also if `coords` or `dims` do not fit.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -83,7 +85,7 @@ def from_pyro_svi(
     if sampler.pair.summed:
         raise ValueError(
             f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "
-            "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that has them."
+            "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that draws them."
         )
     groups = _Groups(coords, dims)
     generative = poutine.uncondition(model)
@@ -120,9 +122,10 @@ def from_pyro(
 ) -> Any:
     """Converts a run of Pyro's MCMC, which ArviZ 1.x no longer does.
 
-    Groups: posterior (chain, draw), sample_stats (`diverging`), and, by running the model once for each draw exactly as
-    MCMC did, posterior_predictive, log_likelihood, observed_data, and prior and prior_predictive of as many draws as a
-    chain has. A kernel that was made from a potential function has no model, and gives the first two.
+    Groups: posterior (chain, draw) and sample_stats (`diverging`). The model then runs once for each draw, exactly as
+    MCMC ran it, for posterior_predictive, log_likelihood and observed_data, and for prior and prior_predictive with as
+    many draws as one chain has. A kernel that was made from a potential function has no model, and gives only the first
+    two groups.
 
     Args:
         mcmc: a `pyro.infer.MCMC` after `run`.
@@ -134,8 +137,8 @@ def from_pyro(
         `arviz.InferenceData` on ArviZ 0.2x, `xarray.DataTree` on 1.x.
 
     Raises:
-        TypeError: not an MCMC run.
-        ValueError: coords or dims that do not fit; a latent of the model that MCMC summed out, which no draw tells of.
+        TypeError: `mcmc` is not an MCMC run.
+        ValueError: `coords` or `dims` do not fit, or MCMC summed out a latent of the model, which then has no draws.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist

@@ -1,4 +1,4 @@
-"""Arrays by group and variable, on their way into an `InferenceData` or `DataTree`."""
+"""Arrays by group and variable, which become an `InferenceData` or `DataTree`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Dims = Mapping[str, Sequence[str]]
 
 
 class _Groups:
-    """Arrays by group and variable, with the names of their dimensions, on their way into a tree."""
+    """Collects arrays by group and variable, with the names of their dimensions, and makes a tree of them."""
 
     def __init__(self, coords: Mapping[str, Any] | None, dims: Dims | None, num_chains: int = 1) -> None:
         self.coords, self.dims, self.num_chains = coords or {}, dims or {}, num_chains
@@ -41,7 +41,7 @@ class _Groups:
         at: tuple[slice, ...] | None = None,
         size: tuple[int, ...] = (),
     ) -> None:
-        """Takes a variable ([draws], *batch, *event), or the part of it that belongs at the slices `at` of `size`."""
+        """Stores a variable ([draws], *batch, *event), or a part of it, at the slices `at` of an array of `size`."""
         array: np.ndarray = value.detach().cpu().numpy()
         if at is not None:
             part, known = array, self._arrays[group].get(name)
@@ -51,7 +51,7 @@ class _Groups:
         self._arrays[group][name] = array, names, draws
 
     def _names(self, name: str, ndim: int, batch: Sequence[str | None]) -> list[str]:
-        """Names of the dimensions of a variable, the same in every group; its log-likelihood has the first of them."""
+        """The names of a variable's dimensions, the same in every group. Its log-likelihood has only the first ones."""
         if name not in self._known:
             automatic = [f"{name}_dim_{i}" for i in range(ndim)]
             names = [given or automatic[i] for i, given in enumerate(batch)] + automatic[: ndim - len(batch)]
@@ -66,7 +66,7 @@ class _Groups:
         return self._known[name][:ndim]
 
     def tree(self) -> Any:
-        """An `arviz.InferenceData`, or an `xarray.DataTree` where ArviZ has it no more."""
+        """An `arviz.InferenceData` with ArviZ 0.2x, an `xarray.DataTree` with ArviZ 1.x."""
         attributes = {
             "created_at": datetime.now(UTC).isoformat(),
             "creation_library": "pyro_vae",
@@ -84,7 +84,7 @@ class _Groups:
         ):
             if unknown := given.keys() - known:
                 raise ValueError(f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}.")
-        if arviz.__version__.startswith("0."):  # 1.x has the name InferenceData, for a DataTree
+        if arviz.__version__.startswith("0."):  # in 1.x, the name InferenceData stands for DataTree
             return arviz.InferenceData(**datasets)
         return xr.DataTree.from_dict(datasets)
 
@@ -105,7 +105,7 @@ class _Groups:
 
 
 class _Chunk:
-    """Puts the aligned sites of traces under the particle plate where their draws and rows belong."""
+    """Aligns the sites of traces that ran under the particle plate, and stores them at their draws and rows."""
 
     def __init__(
         self, groups: _Groups, sampler: ParticleSampler, size: tuple[int, int], at: tuple[slice, slice]
@@ -116,7 +116,7 @@ class _Chunk:
         self.groups.put(group, name, value, batch, draws=True, at=self.at, size=self.size)
 
     def sites(self, trace: poutine.Trace, predictive: str | None = None, *, latent: str | None = None) -> None:
-        """Sites that were observed before `uncondition` go to the group `predictive`, others to `latent`, if given."""
+        """Stores sites that were observed before `uncondition` in group `predictive`, others in `latent`, if given."""
         for name, site in sample_sites(trace).items():
             group = predictive if site["infer"].get("was_observed") else None if site["is_observed"] else latent
             if group is not None:
@@ -151,7 +151,7 @@ _GROUPS = (
 
 
 def _batch_dims(site: dict) -> list[str | None]:
-    """A name for each batch dimension of a site's value, from its plates."""
+    """The name of each batch dimension of a site's value, from its plates."""
     batch = site["value"].dim() - len(site["fn"].event_shape)
     names = {f.dim: f.name for f in site["cond_indep_stack"]}
     return [names.get(dim) for dim in range(-batch, 0)]

@@ -1,6 +1,6 @@
-r"""A VAE as a scikit-learn transformer, for pipelines: z = E_q[z|x] as the reduced form of x.
+r"""A VAE as a scikit-learn transformer for pipelines, which reduces x to z = E_q[z|x].
 
-Needs scikit-learn, and is imported by nothing else here.
+This module needs scikit-learn. No other module of the package imports it.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = ["VAETransformer"]
 class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     r"""Dimension reduction by a VAE, with scikit-learn's interface.
 
-    By default the model is x ~ N(g(z), σ² I) with learned σ, z ~ N(0, I), and a posterior of full covariance, with g
-    and the encoder multilayer perceptrons: without hidden layers, probabilistic PCA.
+    By default the model is z ~ N(0, I), x ~ N(g(z), σ² I) with learned σ, and the posterior has a full covariance. Both
+    g and the encoder are multilayer perceptrons. Without hidden layers, this is probabilistic PCA.
 
     Args:
-        n_components: dimensions of z.
-        hidden_sizes: widths of the encoder's hidden layers; the decoder's are the same in reverse.
-        build: makes another VAE from (number of features, n_components); default: the one above.
-        num_epochs: of the fit.
-        batch_size: of the fit.
-        learning_rate: of the fit.
-        num_particles: draws for each row in `score_samples`.
-        random_state: seed, or numpy's generator.
+        n_components: number of dimensions of z.
+        hidden_sizes: widths of the encoder's hidden layers; the decoder has the same in reverse order.
+        build: makes another VAE from (number of features, n_components); default: the model above.
+        num_epochs: number of epochs of the fit.
+        batch_size: batch size of the fit.
+        learning_rate: learning rate of the fit.
+        num_particles: number of draws for each row in `score_samples`.
+        random_state: a seed, or a random generator of numpy.
 
     Attributes:
         vae_: the trained `VAE`.
@@ -89,12 +89,12 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """E_q[z|x] of each row, (N, n_components); where it is not known (flows), the mean of `num_particles` draws."""
+        """E_q[z|x] of each row, (N, n_components); if it is not known (flows), the mean of `num_particles` draws."""
         check_is_fitted(self)
         return self._mean(self.vae_.encode(self._tensor(X)))
 
     def inverse_transform(self, Z: Any) -> np.ndarray:
-        """E[x|z] of each row, (N, features), likewise."""
+        """E[x|z] of each row, (N, features); if it is not known, the mean of `num_particles` draws."""
         check_is_fitted(self)
         z = torch.as_tensor(check_array(Z), dtype=torch.get_default_dtype())
         if z.shape[1] != self.n_components:
@@ -113,7 +113,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         return evidence.log_evidence.numpy()
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean of `score_samples`: what cross-validation maximises."""
+        """The mean of `score_samples`, which cross-validation maximises."""
         return float(self.score_samples(X).mean())
 
     def _mean(self, distribution: Any) -> np.ndarray:
