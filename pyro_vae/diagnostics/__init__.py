@@ -1,4 +1,4 @@
-"""What a trained pair is worth."""
+"""Diagnostics of a trained model and guide."""
 
 from pyro_vae.diagnostics.usage import LatentUsage, latent_usage
 

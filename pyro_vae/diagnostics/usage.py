@@ -1,10 +1,10 @@
-r"""What the dimensions of a latent variable are used for, and which of them the posterior has given up.
+r"""How the dimensions of a latent variable are used, and which of them have collapsed.
 
-Posterior collapse: q(z_d|x) is p(z_d) for every x, so that the dimension says nothing about x and costs nothing,
+Posterior collapse: q(z_d|x) equals p(z_d) for every x. The dimension then says nothing about x and costs nothing:
 
     KL_d = mean_n KL(q(z_d|x_n)‖p(z_d)) ≈ 0,        A_d = Var_n(E_q[z_d|x_n]) ≈ 0.
 
-A dimension is active where A_d > 0.01 (Burda, Grosse & Salakhutdinov 2016, *Importance Weighted Autoencoders*).
+A dimension is active if A_d > 0.01 (Burda, Grosse & Salakhutdinov 2016, *Importance Weighted Autoencoders*).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class LatentUsage:
     """How a latent site of D dimensions is used, over N data points.
 
     Attributes:
-        site: its name.
-        kl: mean KL(q(z_d|x)‖p(z_d)) of each dimension's marginal, (D,), nats; NaN where it is not known in closed form.
+        site: name of the site.
+        kl: mean KL(q(z_d|x)‖p(z_d)) of each dimension's marginal, (D,), nats; NaN if it is not known in closed form.
         variance_of_means: A_d = Var_n(E_q[z_d|x_n]), (D,).
-        threshold: of A_d, above which a dimension is active.
+        threshold: the value of A_d above which a dimension is active.
     """
 
     site: str
@@ -49,7 +49,7 @@ class LatentUsage:
         active = self.active
         lines = [f"{int(active.sum())} of {len(active)} dimensions of {self.site!r} are active"]
         if self.kl.isfinite().all():
-            idle = f", {self.kl[~active].sum():.2f} of them in dimensions that are not" if (~active).any() else ""
+            idle = f", {self.kl[~active].sum():.2f} of them in inactive dimensions" if (~active).any() else ""
             lines.append(f"  KL of the marginals, summed: {self.kl.sum():.2f} nats{idle}")
         if (~active).any():
             lines.append(f"  collapsed {(~active).nonzero().flatten().tolist()}")
@@ -66,26 +66,25 @@ def latent_usage(
     num_particles: int = 100,
     **kwargs: Any,
 ) -> LatentUsage:
-    """KL and activity of each dimension of a latent site.
+    """Computes the KL and the activity of each dimension of a latent site.
 
     Args:
         model: a Pyro model with the data points in a plate.
         guide: its guide.
-        *args: what both are called with: enough data points for a variance over them.
+        *args: what both are called with, with enough data points to estimate a variance over them.
         site: name of the latent site; default: the only one.
         plate: name of the plate of data points.
-        threshold: of the variance of posterior means, above which a dimension is active; in units of a prior with
-            variance one.
-        num_particles: draws that estimate E_q[z_d|x] where the guide does not know its mean (flows). Their noise adds
-            Var_q(z_d)/num_particles to A_d, which is taken off again.
+        threshold: the variance of posterior means above which a dimension is active, for a prior with variance one.
+        num_particles: number of draws that estimate E_q[z_d|x] if the guide's distribution does not know its mean
+            (flows). Their noise adds Var_q(z_d)/num_particles to A_d, which is subtracted again.
         **kwargs: what both are called with.
 
     Returns:
-        `LatentUsage`; KL in closed form for guide and model that are Normal in this site (with full covariance: of
-        the marginals), NaN elsewhere.
+        A `LatentUsage`. If guide and model are both Normal at this site, KL is in closed form; with a full covariance,
+        it is the KL of the marginals. Otherwise it is NaN.
 
     Raises:
-        ValueError: no such site, several where none is named.
+        ValueError: there is no such site, or `site` is not given and there is more than one.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -99,7 +98,7 @@ def latent_usage(
         ...         pyro.sample("z", dist.Normal(loc, torch.tensor([0.5**0.5, 1.0])).to_event(1))
         >>> latent_usage(model, guide, torch.linspace(-2.0, 2.0, 100))
         1 of 2 dimensions of 'z' are active
-          KL of the marginals, summed: 0.27 nats, 0.00 of them in dimensions that are not
+          KL of the marginals, summed: 0.27 nats, 0.00 of them in inactive dimensions
           collapsed [1]
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
@@ -135,7 +134,7 @@ def _vectors(value: Tensor) -> Tensor:
 
 
 def _marginals(distribution: Any) -> Normal | None:
-    """The distribution of each element of a Normal, over its batch and event shape."""
+    """The distribution of each element of a Normal, over its batch and event shape; None for other distributions."""
     base = distribution
     while isinstance(base, Independent):
         base = base.base_dist
