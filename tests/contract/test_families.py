@@ -1,187 +1,199 @@
-"""Every family goes through the same laws. A new one costs one line here."""
+"""The laws that every family of conditional distributions keeps; a new one adds its line to `families`."""
 
+import contextlib
 import copy
+import inspect
+import io
+import math
 import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from pyro_vae.distributions import (
-    ConditionalBernoulli,
-    ConditionalBeta,
-    ConditionalCategorical,
-    ConditionalContinuousBernoulli,
-    ConditionalDelta,
-    ConditionalFlow,
-    ConditionalLowRankMultivariateNormal,
-    ConditionalMultivariateNormal,
-    ConditionalNegativeBinomial,
-    ConditionalNormal,
-    ConditionalOneHotCategorical,
-    ConditionalPoisson,
-    ConditionalProduct,
-    ConditionalStudentT,
-    GaussianMixture,
-    LearnedScale,
-    ObservedPart,
-    StandardNormal,
-    VampPrior,
+from families import (
+    ANY_SHAPE,
+    INPUTS,
+    INVERTED_BY_PYRO,
+    PRIORS,
+    VECTORS,
+    WITHOUT_DENSITY,
+    WITHOUT_MEAN,
+    WITHOUT_PARAMETERS,
 )
-from pyro_vae.networks import MLP
+from torch import nn
 
-D = 4
+from pyro_vae import distributions
+from pyro_vae.distributions import Broadcasting, Conditional
 
-
-class WithItsPosterior(nn.Module):
-    """A VampPrior beside the posterior that it mixes and does not own, as in a VAE."""
-
-    def __init__(self):
-        super().__init__()
-        self.posterior = ConditionalNormal(network(), D)
-        self.prior = VampPrior(self.posterior, torch.randn(5, 3))
-
-    def forward(self):
-        return self.prior()
+SHAPES = [(4,), (2, 3), (1, 2, 2)]
+CASES = [(name, shape) for name in ANY_SHAPE for shape in SHAPES] + [(name, (5,)) for name in [*VECTORS, *PRIORS]]
+laws = pytest.mark.parametrize(("family", "shape"), CASES, ids=[f"{name} {shape}" for name, shape in CASES])
 
 
-def network():
-    return MLP(3, [8], activation=nn.Tanh)
-
-
-def affine():
-    from pyro.distributions.transforms import affine_coupling
-
-    return affine_coupling(D, [8])
-
-
-FAMILIES = {
-    "Normal": lambda: ConditionalNormal(network(), D),
-    "Normal, images": lambda: ConditionalNormal(network(), (2, 3)),
-    "Normal, learned scale": lambda: ConditionalNormal(network(), D, scale=LearnedScale()),
-    "MultivariateNormal": lambda: ConditionalMultivariateNormal(network(), D),
-    "LowRankMultivariateNormal": lambda: ConditionalLowRankMultivariateNormal(network(), D, rank=2),
-    "StudentT": lambda: ConditionalStudentT(network(), D),
-    "Beta": lambda: ConditionalBeta(network(), D),
-    "Bernoulli": lambda: ConditionalBernoulli(network(), (2, 2)),
-    "ContinuousBernoulli": lambda: ConditionalContinuousBernoulli(network(), D),
-    "Categorical": lambda: ConditionalCategorical(network(), D, num_categories=3),
-    "OneHotCategorical": lambda: ConditionalOneHotCategorical(network(), D),
-    "Poisson": lambda: ConditionalPoisson(network(), D),
-    "NegativeBinomial": lambda: ConditionalNegativeBinomial(network(), D),
-    "Delta": lambda: ConditionalDelta(network(), D),
-    "Flow": lambda: ConditionalFlow(ConditionalNormal(network(), D), [affine()]),
-    "Product": lambda: ConditionalProduct(ConditionalNormal(network(), 2), ConditionalPoisson(network(), 2)),
-    "ObservedPart": lambda: ObservedPart(ConditionalNormal(network(), D)),
-}
-PRIORS = {
-    "StandardNormal": lambda: StandardNormal(D),
-    "GaussianMixture": lambda: GaussianMixture(3, D),
-    "VampPrior": WithItsPosterior,
-    "Normal without a network": lambda: ConditionalNormal(None, D),
-}
-MAKE = {**{name: (make, True) for name, make in FAMILIES.items()}, **{n: (make, False) for n, make in PRIORS.items()}}
-families = pytest.mark.parametrize("name", MAKE)
-
-
-def call(family: nn.Module, needs_input: bool, x: Tensor):
-    return family(x) if needs_input else family()
-
-
-def setup(name: str, dtype: torch.dtype = torch.float32):
-    torch.manual_seed(0)
-    make, needs_input = MAKE[name]
-    family = make().to(dtype)
+def make(family, shape, dtype=torch.float32, device="cpu"):
+    """One with weights of order one, so that nothing is at its neutral value."""
+    conditional = ANY_SHAPE[family](shape) if family in ANY_SHAPE else (VECTORS | PRIORS)[family](*shape)
     with torch.no_grad():
-        for p in family.parameters():
-            p.add_(0.3 * torch.randn_like(p))
-    return family, needs_input, torch.randn(6, 3, dtype=dtype)
+        for p in conditional.parameters():
+            nn.init.normal_(p, std=0.3)
+    return conditional.to(device, dtype)
 
 
-def draw(fn):
-    torch.manual_seed(1)
-    return fn.sample()
+def call(conditional, family, x):
+    """The distribution with the batch shape of x."""
+    return conditional().expand(x.shape[:-1]) if family in PRIORS else conditional(x)
 
 
-@families
-def test_weights_go_to_another_instance_and_back(name):
-    family, needs_input, x = setup(name)
-    other = MAKE[name][0]()
-    other.load_state_dict(family.state_dict())
-    value = draw(call(family, needs_input, x))
-    assert torch.equal(call(other, needs_input, x).log_prob(value), call(family, needs_input, x).log_prob(value))
+def same(a, b, family, x, value):
+    return torch.testing.assert_close(call(a, family, x).log_prob(value), call(b, family, x).log_prob(value))
 
 
-@families
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_are_equal_and_apart(name, copier):
-    """Also after use, when a draw may be remembered."""
-    family, needs_input, x = setup(name)
-    value = draw(call(family, needs_input, x))
-    before = call(family, needs_input, x).log_prob(value)
-    other = copier(family)
-    assert torch.equal(call(other, needs_input, x).log_prob(value), before)
+def test_every_family_is_listed():
+    made = {type(make(family, shape)) for family, shape in CASES} | {distributions.VampPrior}
+    for name in distributions.__all__:
+        cls = getattr(distributions, name)
+        if inspect.isclass(cls) and issubclass(cls, nn.Module) and cls not in (Conditional, Broadcasting):
+            assert cls in made or cls is distributions.LearnedScale, f"{name} has no line in tests/contract/families.py"
+
+
+@laws
+def test_shapes_and_batches(family, shape, device):
+    conditional = make(family, shape, device=device)
+    x = torch.randn(5, 2, INPUTS, device=device)
+    p = call(conditional, family, x)
+    assert p.batch_shape == (5, 2)
+    assert p.event_shape == shape
+    y = p.sample((6,))
+    assert y.shape == (6, 5, 2, *shape)
+    assert p.log_prob(y).shape == (6, 5, 2)
+    assert p.support.check(y).all()
+    # a row does not depend on the others, nor on how the batch is shaped
+    if family not in WITHOUT_DENSITY:
+        torch.testing.assert_close(call(conditional, family, x[3, 1]).log_prob(y[:, 3, 1]), p.log_prob(y)[:, 3, 1])
+
+
+@laws
+def test_expanded_it_is_the_same(family, shape):
+    p = call(make(family, shape), family, torch.randn(5, INPUTS))
+    q = p.expand((4, 5))
+    y = q.sample()
+    assert (q.batch_shape, q.event_shape) == ((4, 5), shape)
+    assert y.shape == (4, 5, *shape)
+    assert q.support.check(y).all()
+    if family not in WITHOUT_DENSITY:
+        torch.testing.assert_close(q.log_prob(y.clone()), p.log_prob(y.clone()))
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [case for case in CASES if case[0] not in WITHOUT_MEAN],
+    ids=[f"{name} {shape}" for name, shape in CASES if name not in WITHOUT_MEAN],
+)
+def test_draws_have_its_mean_and_variance(family, shape):
+    p = call(make(family, shape), family, torch.randn(3, INPUTS))
+    assert p.mean.shape == p.variance.shape == (3, *shape)
+    y = p.sample((20000,))
+    error = p.variance.sqrt() / math.sqrt(20000)
+    assert ((y.double().mean(0) - p.mean).abs() <= 5 * error + 1e-9).all()
+    assert (y.var(0) - p.variance).abs().le(0.1 * p.variance).all()
+
+
+@pytest.mark.parametrize("family", sorted(WITHOUT_MEAN))
+def test_a_mean_that_is_not_known_is_not_given(family):
+    p = call(make(family, (5,)), family, torch.randn(3, INPUTS))
+    if family == "categorical":
+        assert p.mean.isnan().all()
+    else:
+        with pytest.raises(NotImplementedError):
+            _ = p.mean
+
+
+@laws
+def test_gradients_reach_every_parameter(family, shape):
+    conditional = make(family, shape)
+    p = call(conditional, family, torch.randn(10, INPUTS))
+    if family in WITHOUT_PARAMETERS:
+        assert list(conditional.parameters()) == []
+        return
+    (p.rsample() if family in WITHOUT_DENSITY else p.log_prob(p.sample())).sum().backward()
+    without = [name for name, q in conditional.named_parameters() if q.grad is None or not q.grad.abs().sum() > 0]
+    assert without == []
+
+
+@laws
+def test_draws_carry_gradients_where_they_say_so(family, shape):
+    conditional = make(family, shape)
+    p = call(conditional, family, torch.randn(10, INPUTS).requires_grad_())
+    if not p.has_rsample:
+        assert not p.sample().requires_grad
+        return
+    assert p.rsample().requires_grad == (family not in WITHOUT_PARAMETERS)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@laws
+def test_float64(family, shape):
+    """Draws and densities in float64, the densities those of the float32 one."""
+    single = make(family, shape)
+    double = copy.deepcopy(single).double()
+    x = torch.randn(5, INPUTS)
+    p, q = call(single, family, x), call(double, family, x.double())
+    value = p.sample().clone()
+    with default_dtype(torch.float64 if family in INVERTED_BY_PYRO else torch.float32):
+        y = q.sample()
+        exact = q.log_prob(value.double() if value.is_floating_point() else value)
+        assert q.log_prob(y.clone()).dtype == exact.dtype == torch.float64
+    assert y.dtype in (torch.float64, torch.int64)
+    if family in WITHOUT_DENSITY:
+        torch.testing.assert_close(y.float(), value)
+    else:
+        torch.testing.assert_close(exact.float(), p.log_prob(value), rtol=1e-4, atol=1e-4)
+
+
+def used(family, shape):
+    """One that has made a draw, which it may remember."""
+    conditional, x = make(family, shape), torch.randn(5, INPUTS)
+    p = call(conditional, family, x)
+    (p.rsample() if p.has_rsample else p.sample()).sum()
+    return conditional, x, p.sample().clone()
+
+
+@laws
+def test_weights_go_into_a_fresh_one(family, shape):
+    conditional, x, value = used(family, shape)
+    file = io.BytesIO()
+    torch.save(conditional.state_dict(), file)
+    file.seek(0)
+    fresh = make(family, shape)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    same(fresh, conditional, family, x, value)
+
+
+@laws
+def test_a_pickle_is_the_same(family, shape):
+    conditional, x, value = used(family, shape)
+    same(pickle.loads(pickle.dumps(conditional)), conditional, family, x, value)
+
+
+@laws
+def test_a_copy_is_the_same_and_its_own(family, shape):
+    conditional, x, value = used(family, shape)
+    again = copy.deepcopy(conditional)
+    same(again, conditional, family, x, value)
+    ours = {id(p) for p in conditional.parameters()}
+    assert not ours & {id(p) for p in again.parameters()}
+    before = call(conditional, family, x).log_prob(value).detach()
     with torch.no_grad():
-        for p in other.parameters():
-            p.zero_()
-    assert torch.equal(call(family, needs_input, x).log_prob(value), before)
-
-
-@families
-def test_expanded_distributions_score_as_before(name):
-    family, needs_input, x = setup(name)
-    fn = call(family, needs_input, x)
-    batch = (5, *((6,) if needs_input else ()))
-    expanded = fn.expand(batch)
-    assert expanded.batch_shape == batch
-    assert expanded.event_shape == fn.event_shape
-    value = draw(fn)
-    log_prob = fn.log_prob(value)
-    torch.testing.assert_close(expanded.log_prob(value.expand(*batch, *fn.event_shape)), log_prob.expand(batch))
-    assert expanded.sample((2,)).shape == (2, *batch, *fn.event_shape)
-
-
-@families
-def test_double_precision_agrees_with_single(name):
-    family, needs_input, x = setup(name)
-    double = copy.deepcopy(family).double()
-    value = draw(call(family, needs_input, x))
-    fine = call(double, needs_input, x.double())
-    log_prob = fine.log_prob(value.double())
-    assert log_prob.dtype == torch.float64
-    assert fine.sample().dtype in (torch.float64, torch.int64)
-    if name == "Delta":  # whose density is that of one point
-        torch.testing.assert_close(value.double(), fine.sample(), rtol=1e-5, atol=1e-5)
-        return
-    torch.testing.assert_close(call(family, needs_input, x).log_prob(value).double(), log_prob, rtol=1e-4, atol=1e-4)
-
-
-@families
-def test_shapes_and_gradients(name):
-    """A log-probability for each row, whose gradient reaches every parameter."""
-    family, needs_input, x = setup(name)
-    fn = call(family, needs_input, x)
-    value = fn.rsample() if name == "Delta" else draw(fn)
-    log_prob = fn.log_prob(value)
-    assert log_prob.shape == ((6,) if needs_input else ())
-    assert torch.isfinite(log_prob).all()
-    if not list(family.parameters()):
-        return
-    (value if name == "Delta" else log_prob).sum().backward()
-    unreached = [n for n, p in family.named_parameters() if p.requires_grad and p.grad is None]
-    assert unreached == []
-
-
-@families
-def test_particles_and_plates_are_batch(name):
-    """Rows under two more dimensions are the rows alone."""
-    family, needs_input, x = setup(name)
-    if not needs_input:
-        return
-    many = x.expand(2, 3, 6, 3)
-    fn, whole = family(x), family(many)
-    assert whole.batch_shape == (2, 3, 6)
-    value = draw(fn)
-    torch.testing.assert_close(
-        whole.log_prob(value.expand(2, 3, *value.shape)), fn.log_prob(value).expand(2, 3, 6), rtol=1e-4, atol=1e-5
-    )
+        for p in again.parameters():
+            p.add_(0.5)
+    torch.testing.assert_close(call(conditional, family, x).log_prob(value), before)
+    if ours and family not in WITHOUT_DENSITY:
+        assert not torch.allclose(call(again, family, x).log_prob(value), before)

@@ -204,39 +204,12 @@ def test_the_density_of_unconstrained_latents_integrates_to_one():
 # -- one row and all others -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", [importance_sampling, adaptive_importance_sampling, annealed_importance_sampling])
-def test_a_row_that_is_not_finite_spreads_to_no_other(estimator):
-    """Row 3 has a likelihood that is NaN wherever z > 0, row 5 one that is always zero."""
-    x = torch.randn(8)
-    bad, never = torch.arange(8) == 3, torch.arange(8) == 5
-
-    def model(x, bad, never):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
-            trap = torch.where(bad & (z > 0), math.nan, torch.where(never, -math.inf, 0.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-            pyro.factor("trap", trap)
-
-    def guide(x, bad, never):
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x / 2, 0.8))
-
-    evidence = estimator(model, guide, x, bad, never)
-    good = ~(bad | never)
-    exact = dist.Normal(0.0, math.sqrt(2.0)).log_prob(x)
-    assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error)[good].all()
-    assert evidence.doubtful[~good].all()
-    assert not torch.isfinite(evidence.log_evidence[5])
-    assert "rows" in repr(evidence)
-    assert "5" in repr(evidence).splitlines()[-1]
-
-
 @pytest.mark.parametrize("estimator", [adaptive_importance_sampling, annealed_importance_sampling])
 def test_any_chunk_size_gives_the_same_answer_and_a_seed_repeats(estimator):
     truth = LinearGaussian(2, 3)
     x = truth.sample(9)
     runs = []
-    options = {"num_temperatures": 20} if estimator is annealed_importance_sampling else {}
+    options = {"num_temperatures": 5} if estimator is annealed_importance_sampling else {}
     for chunk_size in (None, None, 64, 15):
         pyro.set_rng_seed(0)
         guide = lambda x: truth.guide(x, 1.5)  # noqa: E731
