@@ -1,8 +1,8 @@
-r"""The evidence kernel: log-weights of new particles for some rows as one compiled graph.
+r"""The evidence kernel: one compiled graph that draws particles for some rows and returns their log-weights.
 
-What `ParticleSampler.log_weight` does (guide, model, log-probabilities, their sum over event and inner plates) is
-recorded once for a number of particles and of rows, and replayed for all other rows. Generated code starts from the
-graph as `pyro_vae.compiled.rewriting` leaves it.
+`ParticleSampler.log_weight` runs the guide and the model, and sums log-probabilities over event dimensions and inner
+plates. One run of it is recorded for each number of rows, and replayed for all other rows. Where code is generated, it
+is generated from the graph that `pyro_vae.compiled.rewriting` has rewritten.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 
 from torch import Tensor
 
+from pyro_vae.compiled.policy import EVIDENCE, backend_for
 from pyro_vae.compiled.recording import Graph, Untraceable, record
 from pyro_vae.compiled.rewriting import rewrite
 from pyro_vae.pairs.modes import random_state, set_random_state
@@ -20,29 +21,28 @@ __all__ = ["CompiledLogWeight", "compiled_log_weight"]
 
 
 def compiled_log_weight(sampler: ParticleSampler, compile: bool | str, passes: int) -> CompiledLogWeight | None:
-    """Chooses how log-weights are drawn, by the number of passes and not by their time: a seed repeats its numbers.
+    """Chooses how log-weights are drawn. None stands for Pyro as it is.
 
     Args:
         sampler: of the pair.
-        compile: True, False, or "auto": Pyro as it is for less than 30 passes, its operations recorded for less than
-            1000, beyond that through generated code.
+        compile: True, False or "auto", as in `pyro_vae.compiled.policy.backend_for`.
         passes: how many are to come.
     """
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}.")
-    if sampler.rows.fixed is not None or not compile or (compile == "auto" and passes < 30):
+    backend = backend_for(compile, passes, EVIDENCE)
+    if backend is None or sampler.rows.fixed is not None:
         return None
-    return CompiledLogWeight(sampler, generate_code=compile is True or passes >= 1000)
+    return CompiledLogWeight(sampler, generate_code=backend == "inductor")
 
 
 class CompiledLogWeight:
-    """`sampler.log_weight`, recorded for each number of rows; code is generated for the first of these.
+    """`sampler.log_weight`, recorded for each number of rows. Only the first of these numbers gets generated code.
 
-    Passes are to be of about the same size: where a few particles less are asked for, the others are thrown away.
+    Passes should be of about the same size: a recording draws as many particles as it was made for, and those that a
+    smaller pass does not ask for are thrown away.
 
     Args:
-        sampler: of a pair whose rows can be told apart, or that has all in one pass.
-        generate_code: go on with generated code.
+        sampler: of a pair whose rows can be told apart, or of one that takes all rows in one pass.
+        generate_code: generate code for the recording, rather than replay it operation by operation.
     """
 
     def __init__(self, sampler: ParticleSampler, *, generate_code: bool) -> None:
@@ -51,7 +51,7 @@ class CompiledLogWeight:
         self._refused = False
 
     def __call__(self, num_particles: int, rows: slice) -> Tensor:
-        """log w, (K, rows), nats, without a check for data that are not finite or outside of their support."""
+        """log w, (K, rows), nats. Does not check whether data are finite and inside their support."""
         if self._refused:
             return self.sampler.log_weight(num_particles, rows, check=False)
         size = rows.stop - rows.start
@@ -75,7 +75,9 @@ class CompiledLogWeight:
         try:
             (value,), _, graph = record(log_weight, *tensors)
         except Untraceable as error:
-            warnings.warn(f"Pyro runs as it is, not compiled: {error}. compile=False says so beforehand.", stacklevel=6)
+            warnings.warn(
+                f"Pyro runs as it is, not compiled: {error}. Try compile=False, which does not warn.", stacklevel=6
+            )
             set_random_state(state)
             self._refused = True
             return self.sampler.log_weight(num_particles, rows, check=False)
