@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state, owners
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["Participants", "graph_leaves", "participants"]
 
@@ -35,9 +36,7 @@ class Participants(NamedTuple):
 
 
 def participants(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Participants:
-    """Runs a pair as the first step of its training would, moving no random state, and notes what it uses.
-
-    Parameters that this makes stay in Pyro's parameter store.
+    """Runs a pair that is set up, as a step of its training would, and notes what it uses; changes nothing.
 
     Raises:
         ValueError: the store holds another tensor under a name than the module that is called, or nothing requires a
@@ -46,18 +45,18 @@ def participants(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[
     modules = {id(m): m for m in owners(model, guide)}
     hook = torch.nn.modules.module.register_module_forward_pre_hook(lambda m, _: modules.update({id(m): m}))
     try:
-        for _ in range(2):  # the first run may settle a clash: pyro.module(…, update_module_params=True)
-            seen = _Registrations()
-            with (
-                fork_random_state(),
-                torch.enable_grad(),
-                evaluation_mode(model, guide),
-                pyro.validation_enabled(False),  # what is not finite is reported later, with its row
-                seen,
-            ):
-                guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-                model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
-                reached = graph_leaves(*_log_probs(guide_trace), *_log_probs(model_trace))
+        with (
+            fork_random_state(),
+            torch.enable_grad(),
+            Untouched(model, guide),
+            evaluation_mode(model, guide),
+            pyro.validation_enabled(False),  # what is not finite is reported later, with its row
+        ):
+            for _ in range(2):  # the first run may settle a clash: pyro.module(…, update_module_params=True)
+                with _Registrations() as seen:
+                    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+                    model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(*args, **kwargs)
+                    reached = graph_leaves(*_log_probs(guide_trace), *_log_probs(model_trace))
     finally:
         hook.remove()
     if seen.clash is not None:

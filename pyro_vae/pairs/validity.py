@@ -27,9 +27,9 @@ def check_density(look: Look) -> None:
     """
     sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
     latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
-    points = {
-        n: s for n, s in sites.items() if isinstance(_base(s["fn"]), dist.Delta) and s["fn"].event_shape is not None
-    }
+    points = {n for n, s in sites.items() if isinstance(_base(s["fn"]), dist.Delta)}
+    # a point of the model too, such as a prior that is one, has the weight one
+    points -= {n for n in points & latents if isinstance(_base(look.model.nodes[n]["fn"]), dist.Delta)}
     drawn = sum(_numel(s) for n, s in sites.items() if n not in latents and n not in points)
     through = sum(_unconstrained_numel(look.model.nodes[n]) for n in points if n in latents)
     if drawn < through:

@@ -18,7 +18,12 @@ from pyro.infer.autoguide import (
     AutoStructured,
 )
 
-from pyro_vae import adaptive_importance_sampling, annealed_importance_sampling, importance_sampling
+from pyro_vae import (
+    adaptive_importance_sampling,
+    annealed_importance_sampling,
+    importance_sampling,
+    prior_sampling,
+)
 
 X = torch.linspace(-1.0, 1.0, 6)
 ESTIMATORS = [importance_sampling, adaptive_importance_sampling, annealed_importance_sampling]
@@ -215,3 +220,15 @@ def test_a_right_pair_is_never_refused_by_chance():
         torch.manual_seed(seed)
         evidence = importance_sampling(model, guide, x, num_particles=10, progress=False)
         torch.testing.assert_close(evidence.log_evidence.float(), dist.Normal(0.0, 2**0.5).log_prob(x))
+
+
+def test_a_point_in_the_model_too_has_the_weight_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            shift = pyro.sample("shift", dist.Delta(torch.ones(len(x))))
+            z = pyro.sample("z", dist.Normal(shift, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    exact = dist.Normal(1.0, 2**0.5).log_prob(X)
+    evidence = prior_sampling(model, None, X, num_particles=50_000, progress=False)
+    assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error).all()

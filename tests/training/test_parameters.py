@@ -155,3 +155,26 @@ def test_a_fit_of_modules_in_training_mode_leaves_them_there():
     fit(pair.model, pair.guide, X, num_epochs=3, batch_size=20, compile=False, seed=0)
     assert pair.encoder[1].num_batches_tracked == 6
     assert all(module.training for module in pair.modules())
+
+
+def test_looking_before_training_is_no_step():
+    """A model that counts its own runs, as for a warm-up, has counted the steps."""
+
+    class Warming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.runs, self.loc = 0, nn.Parameter(torch.zeros(()))
+
+        def model(self, x):
+            self.runs += 1
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(self.loc, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal((x + self.loc) / 2, 0.7))
+
+    pair = Warming()
+    result = fit(pair.model, pair.guide, X[:, 0], num_epochs=3, batch_size=20, compile=False, seed=0)
+    assert pair.runs == result.num_steps == 6
