@@ -43,7 +43,7 @@ def small_vae(latent: int = 2, shape: tuple[int, ...] = (4, 4), *, full: bool = 
     )
 
 
-def quadrature(vae: VAE, x: Tensor, *, points: int = 401, limit: float = 7.0) -> Tensor:
+def quadrature(vae: VAE, x: Tensor, *, points: int = 201, limit: float = 7.0) -> Tensor:
     """log ∫ p(x|z) N(z; 0, I) dz over a grid of two latent dimensions, in float64."""
     axis = torch.linspace(-limit, limit, points, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)
