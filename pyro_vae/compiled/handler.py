@@ -1,0 +1,82 @@
+"""`Handler`: the torch operations that a recorded run performs in another way, or may not perform at all."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pyro_vae.compiled.untraceable import Untraceable
+from pyro_vae.pairs.parameters import graph_leaves
+
+__all__ = ["Handler"]
+
+# Pyro's own code reads some values that it does not act upon. Pyro cannot ask `is_recording()`, as our code does, so
+# these reads are known by the module they stand in.
+REPORTS_LOSSES = ("pyro.infer.", "pyro.distributions.util")  # prefixes: `item` of a loss, to add it up and return it
+WARNS_OF_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")  # `bool` of a test for NaN, only to warn
+SUMS_FACTORS = "pyro.infer.util"  # `masked_select` of factors whose sum is all that counts
+
+READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
+SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
+COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique)
+
+
+class Handler(TorchFunctionMode):
+    """Collects gradients instead of adding them to `.grad`, answers Pyro's harmless reads, refuses all other reads.
+
+    Attributes:
+        gradients: {leaf: gradient}, summed over all calls of `Tensor.backward`.
+        weight: what each `Tensor.backward` multiplies its tensor by.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradients: dict[Tensor, Tensor] = {}
+        self.weight: Tensor | None = None
+        self._made: dict[int, Tensor] = {}  # leaves that the function makes for itself: their gradients are not wanted
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inputs"}
+            return self._backward(*args, **kwargs)
+        if func is Tensor.item and _caller().startswith(REPORTS_LOSSES):
+            return args[0].detach().double()  # Pyro adds these up as Python's floats
+        if func is Tensor.__bool__ and _caller() in WARNS_OF_NAN:
+            return False
+        if func is Tensor.register_hook and getattr(args[1], "__module__", "") in WARNS_OF_NAN:
+            return None
+        if func is Tensor.masked_select and _caller() == SUMS_FACTORS:
+            return torch.where(args[1], args[0], 0).reshape(-1)  # a zero in place of a gap leaves the sum as it is
+        if func is Tensor.requires_grad_:
+            self._made[id(args[0])] = args[0]
+        if func in READS_VALUES:
+            raise Untraceable(f"{func.__name__} reads a value")
+        by_mask = func in SELECTS and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool for t in pytree.tree_leaves(args[1])
+        )
+        if by_mask or func in COUNTS:
+            raise Untraceable("how many elements are selected may be another number in each call")
+        return func(*args, **(kwargs or {}))
+
+    def _backward(
+        self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
+    ) -> None:
+        leaves = [leaf for leaf in graph_leaves(loss) if id(leaf) not in self._made]
+        if not leaves:
+            return
+        if self.weight is not None and gradient is None:
+            gradient = self.weight.to(loss)
+        found = torch.autograd.grad(loss, leaves, gradient, retain_graph, create_graph, allow_unused=True)
+        for leaf, grad in zip(leaves, found, strict=True):
+            if grad is not None:
+                self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad
+
+
+def _caller() -> str:
+    """Name of the module whose code called the torch function that is being handled."""
+    return inspect.currentframe().f_back.f_back.f_globals.get("__name__", "")
