@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.compiled.policy import TRAINING, backend_for, check_compile
 from pyro_vae.pairs.modes import evaluation_mode, owners
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.progress import progress_bar
@@ -194,10 +195,8 @@ def _objective(loss: ELBO | None, compile: bool | str, num_steps: int) -> tuple[
     if isinstance(loss, CompiledELBO):
         return copy.copy(loss.elbo), loss
     elbo = Trace_ELBO() if loss is None else copy.copy(loss)
-    if compile == "auto":
-        few = num_steps < 300
-        return elbo, None if few else CompiledELBO(elbo, backend="eager" if num_steps < 3000 else "inductor")
-    return elbo, CompiledELBO(elbo) if compile else None
+    backend = backend_for(compile, num_steps, TRAINING)
+    return elbo, None if backend is None else CompiledELBO(elbo, backend=backend)
 
 
 def _epoch(steps: Steps, batches: Batches, bar: tqdm) -> float:
@@ -265,7 +264,6 @@ def _check_arguments(
         raise ValueError(f"clip_norm: expected a positive norm, got {clip_norm}. Try clip_norm=10.0, or None.")
     if patience is not None and validation_data is None:
         raise ValueError("patience needs validation_data, whose loss says when to stop. Try to hold some rows out.")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}.")
+    check_compile(compile)
     if loss is not None and not isinstance(loss, ELBO):
         raise TypeError(f"loss: expected a pyro.infer.ELBO, got {loss!r}. Try loss=pyro.infer.Trace_ELBO().")
