@@ -25,6 +25,7 @@ from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 
@@ -82,6 +83,7 @@ def from_pyro_svi(
     """
     num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    check_density(sampler.pair.look)
     if sampler.pair.summed:
         raise ValueError(
             f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "

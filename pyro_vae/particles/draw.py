@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -37,7 +38,7 @@ def draw_particles(
 
     Raises:
         ValueError: no such plate, a site outside it, model and guide with different latents, num_particles < 1,
-            rows that are not finite or outside the support of their likelihood.
+            rows that are not finite or outside the support of their likelihood, a guide that puts mass on points.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -52,5 +53,6 @@ def draw_particles(
         tensor([-1.2655, -2.2655])
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    check_density(sampler.pair.look)
     with evaluation_mode(model, guide):
         return sampler.draw(check_num_particles(num_particles))

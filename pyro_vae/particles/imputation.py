@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae.pairs.checks import check_num_particles, ignores_missing
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["impute"]
@@ -67,6 +68,8 @@ def impute(
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    if num_particles > 1:  # one draw of a point needs no weight
+        check_density(sampler.pair.look)
     if sampler.pair.summed:
         raise ValueError(
             f"impute: latent sites {sorted(sampler.pair.summed)} are summed out in the model, so that there is no "

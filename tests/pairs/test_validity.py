@@ -21,7 +21,10 @@ from pyro.infer.autoguide import (
 from pyro_vae import (
     adaptive_importance_sampling,
     annealed_importance_sampling,
+    draw_particles,
+    from_pyro_svi,
     importance_sampling,
+    impute,
     prior_sampling,
 )
 
@@ -232,3 +235,15 @@ def test_a_point_in_the_model_too_has_the_weight_one():
     exact = dist.Normal(1.0, 2**0.5).log_prob(X)
     evidence = prior_sampling(model, None, X, num_particles=50_000, progress=False)
     assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error).all()
+
+
+@pytest.mark.parametrize("tool", [draw_particles, impute, from_pyro_svi], ids=lambda f: f.__name__)
+def test_points_are_refused_by_whatever_weighs_draws(tool):
+    def point(x):
+        loc = pyro.param("loc", lambda: torch.zeros(len(x)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(loc))
+
+    number = {"num_samples" if tool is from_pyro_svi else "num_particles": 10}
+    with pytest.raises(ValueError, match=r"site 'z' of the guide is a point \(Delta\)"):
+        tool(model, point, X, **number)
