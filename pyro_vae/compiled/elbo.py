@@ -1,14 +1,15 @@
 r"""`CompiledELBO`: any `pyro.infer.ELBO` of any model and guide as one compiled graph of loss and gradients.
 
-Pyro is chosen for what it can express; per step it costs milliseconds of Python for effect handlers, sites and one
-optimizer per parameter. All of that does the same thing in every step, so one run of it is recorded
-(`recording.py`), with its backward pass, and replayed: by code that torch's inductor generates, or operation by
-operation, with the same random numbers, and then the very same floats, as Pyro.
+People choose Pyro for what it can express. Each step of it costs milliseconds of Python, for effect handlers, sites and
+one optimizer per parameter, and this Python does the same thing in every step. One run of it is therefore recorded
+together with its backward pass (`recording.py`) and replayed from then on. A replay runs code that torch's inductor
+generates, or one operation after the other. The latter gives exactly the floats that Pyro gives with the same random
+numbers.
 
-A recording holds as long as what it was made from: shapes, dtypes and devices of the arguments, training or evaluation
-mode, the parameters there are, and every number in a closure, global or attribute (`watch.py`). If one of these
-changes, the next call records anew. Arguments that are tensors or floats are inputs, as are tensors in closures:
-annealing one of them costs nothing.
+A recording holds as long as what it was made from stays the same (`plans.py`, `watch.py`): shapes, dtypes and devices
+of the arguments, training or evaluation mode, which parameters exist, and every number in a closure, a global or an
+attribute. If one of these changes, the next call makes a new recording. Arguments that are tensors or floats are inputs
+of the graph, as are tensors in closures, so these may change freely: annealing one of them needs no new recording.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -29,9 +28,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from pyro_vae.compiled.recording import Graph, Untraceable, record_gradients
+from pyro_vae.compiled.plans import Call, Plan, call_of
+from pyro_vae.compiled.recording import Untraceable, record_gradients
 from pyro_vae.compiled.watch import Watch
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
@@ -43,9 +42,9 @@ class LossAndGradients(NamedTuple):
     """What one step of an optimizer needs.
 
     Attributes:
-        loss: as the ELBO reports it, 0-dim.
-        norm: of all gradients together, 0-dim.
-        gradients: of the weighted loss, as pairs (leaf tensor, gradient).
+        loss: the loss that the ELBO reports, 0-dim.
+        norm: the norm of all gradients together, 0-dim.
+        gradients: pairs (leaf tensor, gradient of the weighted loss).
     """
 
     loss: Tensor
@@ -53,60 +52,25 @@ class LossAndGradients(NamedTuple):
     gradients: list[tuple[Tensor, Tensor]]
 
 
-@dataclass
-class _Plan:
-    """A recording and what it depends on."""
-
-    graph: Graph
-    watch: Watch
-    stored: dict[str, Tensor]  # of Pyro's parameter store: {name: unconstrained tensor}
-    kept: Any  # arguments that are compared by identity
-
-    def __post_init__(self) -> None:
-        self.properties = self._properties()
-
-    def holds(self) -> bool:
-        params = dict(pyro.get_param_store().named_parameters())
-        return (
-            all(params.get(name) is t for name, t in self.stored.items())
-            and self._properties() == self.properties
-            and self.watch.changed() is None
-        )
-
-    def _properties(self) -> list[tuple]:
-        """What a user may change about a tensor without replacing it, such as freezing it or moving it to a device."""
-        return [(t.requires_grad, t.device, t.dtype, t.shape) for t in self.graph.tensors]
-
-
-class _Call(NamedTuple):
-    """A call, taken apart, and the recording that answers it."""
-
-    key: tuple
-    leaves: list[Any]
-    inputs: list[Tensor]
-    static: list[Any]
-    plan: _Plan | None
-
-
 class CompiledELBO(ELBO):
     r"""Any `pyro.infer.ELBO`, compiled: the same loss and gradients, without Pyro's Python in every step.
 
-    A drop-in for `JitTrace_ELBO` and its siblings, for `Trace_ELBO`, `TraceMeanField_ELBO`, `TraceGraph_ELBO`,
+    A drop-in for `JitTrace_ELBO` and its siblings. It compiles `Trace_ELBO`, `TraceMeanField_ELBO`, `TraceGraph_ELBO`,
     `TraceEnum_ELBO`, `RenyiELBO` and the objectives of this package. The first call runs Pyro as it is, the second
-    records, the third compiles (seconds); calls after these replay. Draws, subsamples of plates and score-function
-    terms are recorded as operations: random stays random.
+    records, the third compiles (seconds), and all calls after these replay. Draws, subsamples of plates and
+    score-function terms are recorded as operations, so what is random stays random.
 
     A model that decides by values what to do next (`if`, `.item()`, numpy) has no graph. Pyro then runs as it is, and
-    one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.)
-    So it does for arguments that require a gradient, and under effect handlers
-    around the call.
+    one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.) Pyro
+    also runs as it is for arguments that require a gradient, and where effect handlers surround the call.
 
     Args:
         elbo: the objective; default `Trace_ELBO()`.
-        backend: "inductor" generates fused code, or says once what it misses and goes on like "eager", which replays
-            operation by operation: the same floats as Pyro under one seed, nothing to wait for.
-        cache_size: how many recordings are kept, for other shapes (a ragged last batch) or modes; the one that was not
-            used for longest goes.
+        backend: "inductor" generates fused code; where it cannot, it says once what is missing and goes on like
+            "eager". "eager" replays operation by operation: nothing has to be generated first, and the floats are those
+            of Pyro under the same seed.
+        cache_size: how many recordings are kept, for example for other shapes (a ragged last batch) or modes. Beyond
+            that, the one that has not been used for longest is dropped.
 
     Example:
         >>> import pyro.distributions as dist
@@ -123,7 +87,7 @@ class CompiledELBO(ELBO):
         >>> loss = CompiledELBO(Trace_ELBO(), backend="eager")
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=loss)
         >>> losses = [svi.step(torch.tensor([-2.0, 0.0, 2.0])) for _ in range(300)]
-        >>> pyro.param("loc").detach().round() + 0.0  # the exact posterior's, x/2
+        >>> pyro.param("loc").detach().round() + 0.0  # that of the exact posterior, x/2
         tensor([-1.,  0.,  1.])
     """
 
@@ -136,27 +100,28 @@ class CompiledELBO(ELBO):
             raise ValueError(f"cache_size: expected at least 1, got {cache_size}.")
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size
-        self._plans: OrderedDict[tuple, list[_Plan]] = OrderedDict()  # by signature, the most recently used last
+        self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
         self._met: set[tuple] = set()  # pairs that have run once, so that their parameters exist
-        self._recorded: dict[tuple, int] = {}  # recordings of a signature since its last replay
-        self._refused: set[tuple] = set()
+        self._recorded: dict[tuple, int] = {}  # how often a signature was recorded since its last replay
+        self._refused: set[tuple] = set()  # signatures for which Pyro runs as it is
         self._steps = count()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "elbo":  # not there yet
+        if name == "elbo":  # before __init__, as in unpickling
             raise AttributeError(name)
         return getattr(self.elbo, name)  # num_particles and the like
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """The loss alone, for evaluation: not compiled."""
+        """The loss alone, for evaluation. It is not compiled."""
         return self.elbo.loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Returns the loss and adds its gradients to the parameters'.
+        """Returns the loss and adds its gradients to those of the parameters.
 
-        It calls `pyro.param` for each of them, which is how `pyro.infer.SVI` learns what to step."""
+        It calls `pyro.param` for each parameter, as this is how `pyro.infer.SVI` learns which ones to step.
+        """
         schedule = annealed(self.elbo)
-        if schedule is not None:  # it moves between recordings, not in them
+        if schedule is not None:  # it moves between runs: a recording of the move would repeat it
             schedule.set_step(next(self._steps))
         found = self._replay(model, guide, args, kwargs)
         if found is None:
@@ -171,7 +136,7 @@ class CompiledELBO(ELBO):
         return value
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a tensor that can be differentiated once, by the parameters."""
+        """The loss as a tensor that can be differentiated once, with respect to the parameters."""
         found = self._replay(model, guide, args, kwargs) if torch.is_grad_enabled() else None
         if found is None or not found[0].gradients:
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
@@ -184,14 +149,14 @@ class CompiledELBO(ELBO):
     def loss_and_gradients(
         self, model: Callable, guide: Callable, args: tuple, weight: Tensor, *, generate_code: bool = True
     ) -> LossAndGradients | None:
-        """The loss and the gradients of weight × loss, which are not added to `.grad`; None if the pair has no graph.
+        """The loss, and the gradients of weight × loss. `.grad` stays as it is. None if the call has no graph.
 
         Args:
             model: the model.
             guide: the guide.
             args: what both are called with.
-            weight: of the loss in the gradients, 0-dim.
-            generate_code: False: these shapes are too rare for it.
+            weight: the factor of the loss in the gradients, 0-dim.
+            generate_code: False where these shapes are too rare to be worth generated code.
         """
         found = self._replay(model, guide, args, {}, weight, generate_code)
         return None if found is None else found[0]
@@ -201,32 +166,19 @@ class CompiledELBO(ELBO):
 
     # -- recordings ---------------------------------------------------------------------------------------------------
 
-    def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict | None = None) -> _Call | None:
-        """The recording for a call, if there is one; None if Pyro must run as it is."""
+    def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None = None) -> Call | None:
+        """The call with its recording, if there is one. None if Pyro must run as it is."""
         if (model, guide) not in self._met:
             self._met.add((model, guide))
             return None
         if any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
-            return None  # the handlers around the next call may be different ones
-        leaves, spec = pytree.tree_flatten((args, kwargs or {}))
-        inputs: list[Tensor] = []
-        static: list[Any] = []
-        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), None)
-        for leaf in leaves:
-            if isinstance(leaf, float):
-                leaf = torch.tensor(leaf, device=device)  # an input, as it may be annealed
-            (inputs if isinstance(leaf, Tensor) else static).append(leaf)
-        if any(t.requires_grad for t in inputs) or any(isinstance(a, np.ndarray) for a in static):
+            return None  # the next call may have other handlers around it
+        call = call_of(model, guide, args, kwargs or {})
+        if call is None or call.key in self._refused:
             return None
-        constants = tuple((type(a), a if isinstance(a, (bool, int, str, type(None))) else id(a)) for a in static)
-        shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
-        key = (model, guide, spec, shapes, constants)
-        if key in self._refused:
-            return None
-        plans = self._plans.setdefault(key, [])
-        self._plans.move_to_end(key)
-        plan = next((plan for plan in plans if plan.holds()), None)
-        return _Call(key, leaves, inputs, static, plan)
+        plans = self._plans.setdefault(call.key, [])
+        self._plans.move_to_end(call.key)
+        return call._replace(plan=next((plan for plan in plans if plan.holds()), None))
 
     def _replay(
         self,
@@ -237,7 +189,7 @@ class CompiledELBO(ELBO):
         weight: Tensor | None = None,
         generate_code: bool = True,
     ) -> tuple[LossAndGradients, list[str]] | None:
-        """Loss, gradients and names of the parameters; None if Pyro must run as it is."""
+        """Loss, gradients and the names of the parameters. None if Pyro must run as it is."""
         call = self.find(model, guide, args, kwargs)
         if call is None:
             return None
@@ -252,9 +204,9 @@ class CompiledELBO(ELBO):
         (loss, norm), gradients = graph(*inputs)
         return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(call.plan.stored)
 
-    def _record(self, call: _Call, inputs: list[Tensor]) -> tuple[LossAndGradients, list[str]] | None:
-        """Runs and records one call; its results are those of the call."""
-        key, (model, guide, spec) = call.key, call.key[:3]
+    def _record(self, call: Call, inputs: list[Tensor]) -> tuple[LossAndGradients, list[str]] | None:
+        """Records one call. The results of the recorded run are those of the call."""
+        key, (model, guide) = call.key, call.key[:2]
         plans = self._plans[key]
         if self._recorded.get(key, 0) >= self.cache_size:
             what = next((w for w in (plan.watch.changed() for plan in reversed(plans)) if w), "a parameter")
@@ -262,11 +214,34 @@ class CompiledELBO(ELBO):
             return None
         store = pyro.get_param_store()
         state, known = random_state(), set(store.keys())
-        positions = [isinstance(leaf, (Tensor, float)) for leaf in call.leaves]
+        stored: dict[str, Tensor] = {}
+        try:
+            results, gradients, graph = record_gradients(self._run_of(call, stored), *inputs[:-1], weight=inputs[-1])
+        except Untraceable as error:
+            set_random_state(state)
+            self._refuse(key, str(error))
+            return None
+        if not gradients and not stored and not has_differentiable_loss(self.elbo):
+            set_random_state(state)
+            self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
+            return None
+        if set(store.keys()) != known:  # the run made a parameter: record the next call, which finds it there
+            set_random_state(state)
+            return None
+        plans.append(Plan(graph, Watch(model, guide, self.elbo, *call.static), stored, call.static))
+        self._recorded[key] = self._recorded.get(key, 0) + 1
+        while sum(map(len, self._plans.values())) > self.cache_size:
+            oldest = next(key for key, kept in self._plans.items() if kept)
+            self._plans[oldest].pop(0)
+        loss, norm = results
+        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(stored)
+
+    def _run_of(self, call: Call, stored: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
+        """The function of a call's inputs that is recorded. Its run puts parameters of Pyro's store into `stored`."""
+        model, guide = call.key[:2]
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            rest = {True: iter(inputs), False: iter(call.static)}
-            args, kwargs = pytree.tree_unflatten([next(rest[p]) for p in positions], spec)
+            args, kwargs = call.arguments(inputs)
             with poutine.trace(param_only=True) as seen:
                 if has_differentiable_loss(self.elbo):
                     # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
@@ -281,28 +256,7 @@ class CompiledELBO(ELBO):
                 raise Untraceable(f"{type(self.elbo).__name__}.loss_and_grads returns a {type(loss).__name__}")
             return [loss]
 
-        stored: dict[str, Tensor] = {}
-        try:
-            results, gradients, graph = record_gradients(run, *inputs[:-1], weight=inputs[-1])
-        except Untraceable as error:
-            set_random_state(state)
-            self._refuse(key, str(error))
-            return None
-        if not gradients and not stored and not has_differentiable_loss(self.elbo):
-            set_random_state(state)
-            self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
-            return None
-        if set(store.keys()) != known:  # the run made a parameter: record the next call, which finds it there
-            set_random_state(state)
-            return None
-        watch = Watch(model, guide, self.elbo, *call.static)
-        plans.append(_Plan(graph, watch, stored, call.static))
-        self._recorded[key] = self._recorded.get(key, 0) + 1
-        while sum(map(len, self._plans.values())) > self.cache_size:
-            oldest = next(key for key, kept in self._plans.items() if kept)
-            self._plans[oldest].pop(0)
-        loss, norm = results
-        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(stored)
+        return run
 
     def _refuse(self, key: tuple, reason: str) -> None:
         if not any(k[:2] == key[:2] for k in self._refused):
