@@ -25,6 +25,12 @@ def check_density(look: Look) -> None:
     these); one with more draws variables that nothing in the model accounts for, and the mean of its weights is no
     p(x).
     """
+    for name, site in sample_sites(look.guide).items():
+        if isinstance(_base(site["fn"]), dist.Unit):
+            raise ValueError(
+                f"site {name!r} of the guide is a pyro.factor: whether it belongs to the density of its draws cannot be "
+                "told. Try log_density of a Delta for a log-determinant, and a factor of the model for anything else."
+            )
     sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
     latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
     points = {n for n, s in sites.items() if isinstance(_base(s["fn"]), dist.Delta)}

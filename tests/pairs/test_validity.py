@@ -247,3 +247,24 @@ def test_points_are_refused_by_whatever_weighs_draws(tool):
     number = {"num_samples" if tool is from_pyro_svi else "num_particles": 10}
     with pytest.raises(ValueError, match=r"site 'z' of the guide is a point \(Delta\)"):
         tool(model, point, X, **number)
+
+
+def test_a_factor_counts_in_the_model_and_is_refused_in_the_guide():
+    def weighted(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("likelihood", dist.Normal(z, 1.0).log_prob(x))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    def guide_with_factor(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+            pyro.factor("correction", z.square(), has_rsample=True)
+
+    evidence = importance_sampling(weighted, guide, X, num_particles=10, progress=False)
+    torch.testing.assert_close(evidence.log_evidence.float(), dist.Normal(0.0, 2**0.5).log_prob(X))
+    with pytest.raises(ValueError, match=r"site 'correction' of the guide is a pyro.factor"):
+        importance_sampling(weighted, guide_with_factor, X, num_particles=10, progress=False)
