@@ -68,3 +68,12 @@ best = compare(
 )
 loss = CompiledELBO(Trace_ELBO(), backend="eager")
 version: str = pyro_vae.__version__
+
+
+def wrong() -> None:
+    """Never called: what the type checker must find, or `warn_unused_ignores` finds the comment."""
+    fit(vae.model, vae.guide, x, num_epochs="two")  # type: ignore[arg-type]
+    importance_sampling(x, guide, x)  # type: ignore[arg-type]
+    draw_particles(model, guide, x, num_particles=2).log_weights  # type: ignore[attr-defined]  # noqa: B018
+    ConditionalNormal(MLP(2, [16]), "eight")  # type: ignore[arg-type]
+    result.losses  # type: ignore[attr-defined]  # noqa: B018
