@@ -28,7 +28,7 @@ def check_density(look: Look) -> None:
     for name, site in sample_sites(look.guide).items():
         if isinstance(_base(site["fn"]), dist.Unit):
             raise ValueError(
-                f"site {name!r} of the guide is a pyro.factor: whether it belongs to the density of its draws cannot be "
+                f"site {name!r} of the guide is a pyro.factor: whether it belongs to the density of draws cannot be "
                 "told. Try log_density of a Delta for a log-determinant, and a factor of the model for anything else."
             )
     sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
