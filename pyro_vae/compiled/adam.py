@@ -1,11 +1,12 @@
-r"""The whole step as one graph: loss, gradients, their norm, clipping and Adam's update, without Python in between.
+r"""A whole training step as one graph: loss, gradients, their norm, clipping and Adam's update.
 
-With g the gradient of the loss per data point, clipped to norm c, Adam (Kingma & Ba 2015, algorithm 1) moves
+With g the gradient of the loss per data point, clipped to norm c, Adam (Kingma & Ba 2015, algorithm 1) updates
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε),
 
-all of it only if loss and norm are finite. Its state stays in the `torch.optim.Adam` that it stands in for, which
-schedulers, checkpoints and further eager steps go on with; the learning rate is read from there in each step.
+if loss and norm are finite; otherwise nothing moves. The state of the algorithm stays in the `torch.optim.Adam` that
+the step replaces, so that schedulers, checkpoints and later eager steps can go on with it. Each step reads the learning
+rate from there.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ class WholeStep:
     """One step of a `torch.optim.Adam` on a recorded loss.
 
     Args:
-        graph: of `pyro_vae.compiled.recording.record_gradients`.
-        optimizer: an Adam that has taken a step, with one group of parameters and no extras.
-        clip_norm: largest norm of the gradient.
+        graph: what `pyro_vae.compiled.recording.record_gradients` returned.
+        optimizer: an Adam for which `fits` is true.
+        clip_norm: largest norm of the gradient; None does not clip.
     """
 
     def __init__(self, graph: Graph, optimizer: torch.optim.Adam, clip_norm: float | None) -> None:
@@ -48,7 +49,11 @@ class WholeStep:
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, graph: Graph) -> TypeGuard[torch.optim.Adam]:
-        """Whether the optimizer is an Adam that this class can replace, for every parameter that the graph moves."""
+        """Whether this class can replace the optimizer.
+
+        It can if that is a plain `torch.optim.Adam` with one group of parameters, no extras and no hooks, and if it has
+        taken a step on every parameter that the graph moves.
+        """
         if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
             return False
         group = optimizer.param_groups[0]
@@ -61,9 +66,9 @@ class WholeStep:
         return same and not hooks and not any(group.get(name) for name in extras)
 
     def __call__(self, stopped: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the step; returns loss and norm.
+        """Takes a step and returns loss and norm.
 
-        Where one of these is not finite, `stopped` (0-dim, bool) becomes true; while it is, nothing moves.
+        If one of these is not finite, `stopped` (0-dim, bool) becomes true. As long as it is true, nothing moves.
         """
         beta1, beta2 = self.group["betas"]
         self._steps += 1
@@ -79,16 +84,17 @@ class WholeStep:
         return loss, norm
 
     def settle(self, skipped: int = 0) -> None:
-        """Sets the optimizer's step counts to the steps taken on its behalf, less those that were `skipped`."""
+        """Sets the optimizer's step counts to the number of steps taken here, without those that were `skipped`."""
         self._steps -= skipped
         for count in self._counts:
             count.fill_(self._steps)
 
     def resume(self) -> None:
-        """Takes the step count over from the optimizer."""
+        """Goes on from the optimizer's step count."""
         self._steps = int(self._counts[0]) if self._counts else 0
 
     def _trace(self, arguments: list[Tensor]) -> torch.fx.GraphModule:
+        """The graph of a step, of the recorded tensors, both moments, `stopped`, two scalars and the inputs."""
         held, trained, (beta1, beta2) = len(self.graph.tensors), self._trained, self.group["betas"]
         eps, clip, results = self.group["eps"], self.clip_norm, self.graph.num_results
 

@@ -1,11 +1,12 @@
-r"""Rewritings of a graph that save work besides the matrix products.
+r"""Rewrites a graph so that it does less work outside of its matrix products.
 
-- a bias is added where its sum is used, not copied into the product's result beforehand;
-- the sum of Bernoulli log-likelihoods over D pixels with logits l takes D exponentials and D/G logarithms,
+- A bias is added where the sum is used, instead of being copied into the result of the product beforehand.
+- The sum of Bernoulli log-likelihoods over D pixels with logits l takes D exponentials and only D/G logarithms,
 
       Σ_d log p(x_d|l_d) = Σ_d (x_d l_d − max(l_d, 0)) − Σ_groups log Π_{d in group} (1 + exp(−|l_d|)),
 
-  with groups of G ≤ 100: a product of so many factors in (1, 2] is at most 2¹⁰⁰, and no less exact than their logs.
+  with groups of G ≤ 100 pixels. A product of so many factors in (1, 2] is at most 2¹⁰⁰, and its logarithm is no less
+  exact than the sum of their logarithms.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def rewrite(module: GraphModule) -> None:
             bias, x, weight = node.args
             shape = list(node.meta["val"].shape)
             with nodes.inserting_before(node):
-                # with one more dimension, or inductor turns it into addmm again
+                # in one dimension more, as inductor would turn a plain sum into addmm again
                 product = nodes.call_function(
                     aten.view.default, (nodes.call_function(aten.mm.default, (x, weight)), [1, *shape])
                 )
@@ -43,7 +44,7 @@ def rewrite(module: GraphModule) -> None:
 
 
 def _sum_bernoulli(nodes: Nodes, node: Node) -> None:
-    """Rewrites sum(view(neg(cross entropy)), −1), which is how Pyro sums Bernoulli log-likelihoods."""
+    """Rewrites sum(view(neg(cross entropy)), −1), the form in which Pyro sums Bernoulli log-likelihoods."""
     path = [node]
     for target in (aten.neg.default, aten.view.default, aten.sum.dim_IntList):
         users = list(path[-1].users)

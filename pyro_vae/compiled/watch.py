@@ -1,6 +1,6 @@
-"""Watching what a function reads: numbers in closures, globals and attributes, and the tensors that modules hold.
+"""Watches what a function reads: numbers in closures, globals and attributes, and the tensors that modules hold.
 
-A recorded graph keeps such numbers as they were. Whoever replays it asks first whether one of them has changed.
+A recorded graph keeps the numbers that its run read. So each replay asks first whether one of them has changed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 __all__ = ["Watch"]
 
 NUMBERS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-MOST = 5000  # objects looked into
+MOST = 5000  # so many objects are looked into, and no more
 LIBRARIES = ("torch", "numpy", "pyro.distributions", "pyro.ops", "pyro.infer.util", "builtins", "math")
+PYRO = ("pyro", __name__.partition(".")[0])  # only closures of their functions: these read no global that changes
 
 
 class Watch:
-    """Remembers what can be reached from some functions and objects: numbers by value, tensors and modules by identity.
+    """Remembers what some functions and objects can reach: numbers by value, tensors and modules by identity.
 
-    Looks into closures, the globals that a function names, bound objects, `functools.partial`, attributes of objects
-    and modules, lists, tuples and dicts. Not into libraries.
+    It looks into closures, the globals that a function names, bound objects, `functools.partial`, attributes of objects
+    and modules, lists, tuples and dicts. It does not look into libraries.
 
     Args:
-        *roots: functions, modules, objects.
+        *roots: the functions, modules and other objects to start from.
 
     Example:
         >>> class Scaled(nn.Module):
@@ -41,15 +42,15 @@ class Watch:
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._items: list[tuple[Callable, Any, Any, str]] = []  # how to read, what, the value, whose
+        self._items: list[tuple[Callable, Any, Any, str]] = []  # how to read it, its key, its value, whose it is
         self._sizes: list[tuple[Any, int, str]] = []
         self._seen: set[int] = set()
-        self._kept: list[Any] = []  # keeps them alive, so that no id is reused
+        self._kept: list[Any] = []  # what was seen: kept alive, so that no other object gets its id
         for root in roots:
             self._walk(root)
 
     def changed(self) -> str | None:
-        """The name of something that has changed, or None."""
+        """The name of something that has changed. None if nothing has."""
         for container, size, owner in self._sizes:
             if len(container) != size:
                 return f"an attribute of {owner}"
@@ -93,7 +94,8 @@ class Watch:
                 self._walk(function)
 
     def _function(self, function: FunctionType) -> None:
-        if (function.__module__ or "").startswith((*LIBRARIES, "pyro", "pyro_vae")) and not function.__closure__:
+        library = (function.__module__ or "").startswith((*LIBRARIES, *PYRO))
+        if library and not function.__closure__:
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
@@ -101,20 +103,24 @@ class Watch:
             except ValueError:  # not bound yet
                 continue
             self._take(_Cell(cell), name, value, function.__qualname__)
-        if not (function.__module__ or "").startswith((*LIBRARIES, "pyro", "pyro_vae")):
-            names = function.__globals__
-            for name in function.__code__.co_names:
-                if name not in names or isinstance(names[name], type):
-                    continue
-                if isinstance(names[name], ModuleType):  # the function may read what is in there
-                    inside = vars(names[name])
-                    for attribute in function.__code__.co_names:
-                        if isinstance(inside.get(attribute), NUMBERS) and attribute in inside:
-                            self._take(inside.__getitem__, attribute, inside[attribute], f"module {name!r}")
-                else:
-                    self._take(names.__getitem__, name, names[name], f"{function.__qualname__}'s module")
+        if not library:
+            self._globals(function)
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             self._walk(value)
+
+    def _globals(self, function: FunctionType) -> None:
+        """Takes the globals that a function names, and the numbers that it may read from modules among them."""
+        names = function.__globals__
+        for name in function.__code__.co_names:
+            if name not in names or isinstance(names[name], type):
+                continue
+            if isinstance(names[name], ModuleType):
+                inside = vars(names[name])
+                for attribute in function.__code__.co_names:
+                    if isinstance(inside.get(attribute), NUMBERS) and attribute in inside:
+                        self._take(inside.__getitem__, attribute, inside[attribute], f"module {name!r}")
+            else:
+                self._take(names.__getitem__, name, names[name], f"{function.__qualname__}'s module")
 
     def _mapping(self, mapping: dict, owner: str) -> None:
         if len(mapping) > 1000:
@@ -130,7 +136,7 @@ class Watch:
 
 
 class _Cell:
-    """Reads a closure's cell, whatever the key."""
+    """Reads the cell of a closure. The key, its name, is of no use here."""
 
     def __init__(self, cell: CellType) -> None:
         self._cell = cell
