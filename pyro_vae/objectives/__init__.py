@@ -1,4 +1,4 @@
-"""Objectives that Pyro lacks, as `pyro.infer.ELBO`s: for `pyro.infer.SVI(…, loss=…)` and for `fit(…, loss=…)`."""
+"""Objectives that Pyro lacks. Each is a `pyro.infer.ELBO`, for `pyro.infer.SVI(…, loss=…)` and for `fit(…, loss=…)`."""
 
 from pyro_vae.objectives.beta import BetaELBO
 from pyro_vae.objectives.denoising import DenoisingELBO, gaussian_noise, masking_noise, salt_and_pepper_noise

@@ -1,10 +1,10 @@
-r"""The β-VAE's objective: an ELBO whose KL term is weighted, with a weight that may follow the training steps.
+r"""The objective of the β-VAE: an ELBO whose KL term has a weight, which may follow the training steps.
 
     L(β) = E_q log p(x|z) − β KL(q(z|x)‖p(z)),        L(β, C) = E_q log p(x|z) − β |KL(q(z|x)‖p(z)) − C|.
 
-β > 1 presses the posterior to the prior, and is said to disentangle; β < 1 spends more nats on the code; β rising from
-zero to one is the usual warm-up against posterior collapse. A weight w on the reconstruction instead is L(1/w) times w.
-Only L(1) is a bound of log p(x): evaluation is always at β = 1.
+β > 1 pulls the posterior towards the prior, and is said to disentangle latents. β < 1 spends more nats on the code. A β
+that rises from zero to one is the usual warm-up against posterior collapse. A weight w on the reconstruction instead
+gives w L(1/w). Only L(1) is a bound of log p(x), so evaluation is always at β = 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae.objectives.schedules import Schedule, _at
+from pyro_vae.objectives.schedules import Schedule, value_at
 from pyro_vae.pairs.sites import plate_frames, sample_sites
 
 __all__ = ["BetaELBO"]
@@ -28,23 +28,23 @@ __all__ = ["BetaELBO"]
 class BetaELBO(TraceMeanField_ELBO):
     r"""The ELBO with the KL term weighted by β, as a loss: −L(β), in nats, summed over the data.
 
-    The KL term is in closed form where torch or this package knows it, and estimated from draws elsewhere. It covers
-    all latent sites of the pair; observed sites, a label for instance, keep their weight of one. At β = 1 this is
-    `TraceMeanField_ELBO`.
+    The KL term is in closed form where torch or this package knows one, and is estimated from draws elsewhere. It
+    covers all latent sites of the pair. Observed sites, such as a label, keep a weight of one. At β = 1 this objective
+    is `TraceMeanField_ELBO`.
 
-    `loss`, which evaluates, and with it `fit`'s validation, always takes β = 1 and no capacity. A fit that ends at
-    another β, or with a capacity, says so. `importance_sampling` and all other tools know nothing of β.
+    `loss` evaluates: it always takes β = 1 and no capacity, and so does the validation of `fit`. A fit that ends at
+    another β, or with a capacity, warns. `importance_sampling` and all other tools ignore β.
 
     Args:
-        beta: β ≥ 0; a number, or a function of the step (0 for the first one), such as `linear(…)`.
-        capacity: C, nats per data point; a number, or a function of the step; default: none.
-        plate: name of the plate of data points, over which the capacity is a mean. Its scale is that of the
-            loss.
-        num_particles: S ≥ 1 draws for E_q.
+        beta: β ≥ 0: a number, or a function of the step (0 for the first one) such as `linear(…)`.
+        capacity: C ≥ 0, nats per data point: a number, or a function of the step; default: none.
+        plate: name of the plate of data points, over which the capacity is a mean. The scale of this plate is the scale
+            of the loss.
+        num_particles: number S ≥ 1 of draws for E_q.
 
     Raises:
-        ValueError: a β or capacity that is negative; when called: a latent site that cannot be reparameterized or that
-            the guide lacks, a capacity without a plate of this name.
+        ValueError: β or the capacity is negative. When called: a latent site cannot be reparameterized, or is missing
+            in the guide; there is a capacity, but no plate of this name.
 
     References:
         Higgins et al. (2017), beta-VAE, equation 4; Burgess et al. (2018), Understanding disentangling in β-VAE,
@@ -76,7 +76,7 @@ class BetaELBO(TraceMeanField_ELBO):
         self._schedules = {"beta": beta} if capacity is None else {"beta": beta, "capacity": capacity}
         self.plate = plate
         # tensors, so that a compiled loss has them as inputs
-        self._now = {name: torch.tensor(_at(name, s, 0)) for name, s in self._schedules.items()}
+        self._now = {name: torch.tensor(value_at(name, s, 0)) for name, s in self._schedules.items()}
         self._calls = torch.tensor(-1)
         self._driven = False
 
@@ -99,19 +99,20 @@ class BetaELBO(TraceMeanField_ELBO):
     def set_step(self, step: int) -> None:
         """Sets β and the capacity to those of a step.
 
-        `fit` and `CompiledELBO` call it. Without a call, `loss_and_grads` counts its own calls as steps."""
+        `fit` and `CompiledELBO` call this. If nobody does, `loss_and_grads` counts its own calls as steps.
+        """
         self._driven = True
         self._set(step)
 
     def not_a_bound(self) -> str | None:
-        """Why L(β, C) of the last step is no bound: β other than one, or a capacity."""
+        """Why L(β, C) of the last step is no bound of log p(x): β is not one, or there is a capacity."""
         if self.beta == 1.0 and self.capacity is None:
             return None
         return f"beta = {self.beta:.4g}{'' if self.capacity is None else ' and a capacity'}"
 
     def _set(self, step: int) -> None:
         for name, schedule in self._schedules.items():
-            self._now[name].fill_(_at(name, schedule, step))
+            self._now[name].fill_(value_at(name, schedule, step))
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−ELBO, at β = 1, nats."""
@@ -121,7 +122,7 @@ class BetaELBO(TraceMeanField_ELBO):
         return sum(terms) / self.num_particles
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """−L(β) of the step, nats; adds its gradient to the parameters'."""
+        """−L(β) of the step, nats. Adds its gradient to those of the parameters."""
         if not self._driven:
             self._calls += 1
             self._set(int(self._calls))
@@ -136,7 +137,7 @@ class BetaELBO(TraceMeanField_ELBO):
         return loss.detach(), loss
 
     def _num_points(self, trace: Trace) -> Tensor | float:
-        """How many data points the log-probabilities stand for: B of them, times the scale of their plate."""
+        """How many data points the log-probabilities stand for: the B in the plate, times the scale of the plate."""
         for site in sample_sites(trace).values():
             for frame in site["cond_indep_stack"]:
                 if frame.name == self.plate:
@@ -157,8 +158,8 @@ class BetaELBO(TraceMeanField_ELBO):
                 continue
             if name not in guide_trace.nodes:
                 raise ValueError(
-                    f"BetaELBO: latent site {name!r} is in the model alone, and nothing is summed out here. Try a site "
-                    "in the guide too, or TraceEnum_ELBO."
+                    f"BetaELBO: latent site {name!r} is in the model alone, and BetaELBO sums nothing out. Try a site "
+                    "of this name in the guide, or TraceEnum_ELBO."
                 )
             q = guide_trace.nodes[name]
             try:
@@ -174,6 +175,6 @@ class BetaELBO(TraceMeanField_ELBO):
                     f"BetaELBO: site {name!r}: {type(q['fn']).__name__} cannot be reparameterized. Try a distribution "
                     "that can, or poutine.scale and Trace_ELBO."
                 )
-            if name not in model_trace.nodes:  # auxiliary: other sites are functions of it
+            if name not in model_trace.nodes:  # an auxiliary site, of which other sites are functions
                 rate = rate + q["log_prob_sum"]
         return distortion, rate

@@ -1,10 +1,11 @@
-r"""The denoising objective: the guide sees a corrupted x̃ ~ C(x̃|x), the model has to explain the clean x,
+r"""The denoising objective: the guide sees a corrupted x̃ ~ C(x̃|x), and the model has to explain the clean x,
 
     E_{C(x̃|x)} E_{q(z|x̃)} [log p(x|z) + log p(z) − log q(z|x̃)]  ≤  log p(x).
 
-With a point as posterior it is the denoising autoencoder of Vincent et al. (2010), *Stacked Denoising Autoencoders*;
-with any other the denoising VAE of Im et al. (2017), *Denoising Criterion for Variational Auto-Encoding Framework*. It
-is a lower bound of log p(x) like any ELBO, as the mixture of q(z|x̃) over x̃ is a guide.
+If the posterior is a point, this is the denoising autoencoder of Vincent et al. (2010), *Stacked Denoising
+Autoencoders*. With any other posterior it is the denoising VAE of Im et al. (2017), *Denoising Criterion for
+Variational Auto-Encoding Framework*. The mixture of q(z|x̃) over x̃ is itself a guide, so the objective is a lower bound
+of log p(x) like any ELBO.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ Corruption = Callable[[Tensor], Tensor]
 class DenoisingELBO(ELBO):
     """Any `pyro.infer.ELBO` whose guide sees a corrupted first argument, while the model sees the clean one.
 
-    `loss`, which evaluates, corrupts as well: what it reports is the bound with the corrupted guide. Other tools get
-    the guide itself.
+    `loss`, which evaluates, corrupts as well: it reports the bound with the corrupted guide. All other tools use the
+    guide itself.
 
     Args:
-        corruption: Tensor → Tensor, at random, of the same shape.
+        corruption: a random function, Tensor → Tensor of the same shape.
         elbo: the objective; default `Trace_ELBO()`.
 
     Example:
@@ -50,7 +51,7 @@ class DenoisingELBO(ELBO):
         return DenoisingELBO(self.corruption, copy.copy(self.elbo))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "elbo":  # not there yet
+        if name == "elbo":  # before __init__, as in unpickling
             raise AttributeError(name)
         return getattr(self.elbo, name)  # num_particles and the like
 
@@ -59,18 +60,18 @@ class DenoisingELBO(ELBO):
         return self.elbo.loss(model, self._corrupted(guide), *args, **kwargs)
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """−bound, nats; adds its gradient to the parameters'."""
+        """−bound, nats. Adds its gradient to those of the parameters."""
         return self.elbo.loss_and_grads(model, self._corrupted(guide), *args, **kwargs)
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """−bound, nats, a tensor whose gradient is that of the estimator; where the ELBO has one."""
+        """−bound, nats, as a tensor whose gradient is that of the estimator, if the ELBO has such a loss."""
         return self.elbo.differentiable_loss(model, self._corrupted(guide), *args, **kwargs)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return self.elbo._get_trace(model, self._corrupted(guide), args, kwargs)
 
     def _corrupted(self, guide: Callable) -> Callable:
-        """The corrupted guide, the same function each time: objectives remember the pairs that they have looked at."""
+        """The corrupted guide: the same function each time, as objectives remember the pairs that they looked at."""
         if self._guides is None or self._guides[0] != guide:
             corruption = self.corruption
 
@@ -94,7 +95,7 @@ def gaussian_noise(scale: float) -> Corruption:
 
 
 def masking_noise(probability: float, value: float = 0.0) -> Corruption:
-    """Each element is set to `value` with this probability.
+    """Sets each element to `value` with this probability.
 
     Example:
         >>> masking_noise(0.3)(torch.ones(10000)).mean().round(decimals=1)
@@ -105,7 +106,7 @@ def masking_noise(probability: float, value: float = 0.0) -> Corruption:
 
 
 def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:
-    """Each element is set with this probability to one of two values, at a fair coin's toss.
+    """Sets each element with this probability to one of two values, which are equally likely.
 
     Example:
         >>> salt_and_pepper_noise(1.0)(torch.full((3, 4), 0.5)).unique()

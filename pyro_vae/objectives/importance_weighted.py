@@ -4,9 +4,9 @@ The bound of a mini-batch of B of N data points, with K draws z_nk ~ q(z|x_n) fo
 
     N/B Σ_n log 1/K Σ_k w_nk,    w_nk = p(x_n, z_nk) / q(z_nk|x_n),
 
-takes the mean of the weights of one data point, and multiplies by the plate's scale outside of the logarithm. It is a
-lower bound of log p(x) in expectation, as the ELBO (K = 1), and rises with K. `pyro.infer.RenyiELBO` scales the
-log-weights instead, inside, which is no bound when the plate subsamples.
+takes the mean of the weights of one data point, and multiplies by the plate's scale outside of the logarithm. Like the
+ELBO (K = 1), it is a lower bound of log p(x) in expectation; it rises with K. `pyro.infer.RenyiELBO` scales the
+log-weights instead, inside of the logarithm, which gives no bound when the plate subsamples.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["ImportanceWeightedELBO"]
 class ImportanceWeightedELBO(ELBO):
     """The importance-weighted bound with K particles per data point, as a loss: −bound, in nats, summed over the data.
 
-    Draws that can be reparameterized are; others get a score-function term, with the bound of the other K − 1 particles
-    as baseline (Mnih & Rezende 2016, *Variational inference for Monte Carlo objectives*). Doubly reparameterized
-    gradients replace ∂ log q of the guide's parameters by Σ_k (w_k/Σw)² ∂ log w_k/∂z_k ∂z_k/∂φ: unbiased as well, with
-    a signal that does not vanish in noise as K grows.
+    Draws are reparameterized where that is possible. Others get a score-function term, whose baseline is the bound of
+    the other K − 1 particles (Mnih & Rezende 2016, *Variational inference for Monte Carlo objectives*). Doubly
+    reparameterized gradients replace ∂ log q of the guide's parameters by Σ_k (w_k/Σw)² ∂ log w_k/∂z_k ∂z_k/∂φ. They
+    are unbiased as well, and their signal does not vanish in noise as K grows.
 
     References:
         Burda, Grosse & Salakhutdinov (2016), Importance Weighted Autoencoders, equation 8.
@@ -47,12 +47,12 @@ class ImportanceWeightedELBO(ELBO):
 
     Args:
         num_particles: K ≥ 1; 1 gives the value and gradient of `pyro.infer.Trace_ELBO`.
-        plate: name of the plate of data points, with all sites inside.
-        doubly_reparameterized: take the gradient of Tucker et al. for the guide.
+        plate: name of the plate of data points, which must contain all sites.
+        doubly_reparameterized: use the gradient of Tucker et al. for the guide.
 
     Raises:
-        ValueError: when called: a site outside the plate, latents of the model alone, scales that differ between sites,
-            a guide that cannot be reparameterized.
+        ValueError: when called: a site is outside the plate, latents are in the model alone, sites have different
+            scales, or doubly reparameterized gradients meet a guide that cannot be reparameterized.
 
     Example:
         >>> import pyro.distributions as dist
@@ -70,7 +70,7 @@ class ImportanceWeightedELBO(ELBO):
     def __init__(self, num_particles: int, *, plate: str = "data", doubly_reparameterized: bool = False) -> None:
         super().__init__(num_particles=check_num_particles(num_particles), vectorize_particles=True)
         self.plate, self.doubly_reparameterized = plate, doubly_reparameterized
-        self._pair: Pair | None = None  # that was looked at
+        self._pair: Pair | None = None  # the last pair that was looked at
 
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats."""
@@ -79,14 +79,14 @@ class ImportanceWeightedELBO(ELBO):
             return -scale * self._bound(log_weight).sum().item()
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """−bound, nats; adds its gradient to the parameters'."""
+        """−bound, nats. Adds its gradient to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
         return loss.item()
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """−bound, nats, a tensor whose gradient is that of the estimator."""
+        """−bound, nats, as a tensor whose gradient is that of the estimator."""
         if self.doubly_reparameterized:
             return self._doubly_reparameterized(model, guide, args, kwargs)
         scale, log_weight, score = self._weigh(*self._get_trace(model, guide, args, kwargs))
@@ -161,8 +161,8 @@ class ImportanceWeightedELBO(ELBO):
         for site, scale in rest:
             if scale is not first[1] and not torch.equal(torch.as_tensor(scale), torch.as_tensor(first[1])):
                 raise ValueError(
-                    f"site {first[0]} is scaled by {first[1]}, site {site} by {scale}; the bound takes one scale, "
-                    "outside of the logarithm, for all sites of a data point. Try poutine.scale around model and guide."
+                    f"site {first[0]} is scaled by {first[1]}, site {site} by {scale}; the bound takes one scale "
+                    "for all sites of a data point, outside of the logarithm. Try poutine.scale around model and guide."
                 )
         if isinstance(first[1], Tensor) and first[1].numel() > 1:
             raise ValueError(f"site {first[0]}: expected one scale for all data points, got {first[1].numel()}.")
@@ -181,10 +181,10 @@ class ImportanceWeightedELBO(ELBO):
 
 
 class _Leaves(Messenger):
-    """Passes the draws of a guide's sites on as leaves of the graph, and keeps both.
+    """Replaces each draw of a guide by a leaf of the autograd graph, and keeps both.
 
     Attributes:
-        draws: {site: z}, functions of the guide's parameters, given the leaves of sites before.
+        draws: {site: z}, functions of the guide's parameters and of the leaves of earlier sites.
         leaves: {site: z}, without history.
     """
 

@@ -1,17 +1,17 @@
-"""Schedules: functions of the training step."""
+"""Schedules: functions of the training step, which is 0 for the first one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
 
-__all__ = ["Schedule", "cyclical", "linear"]
+__all__ = ["Schedule", "cyclical", "linear", "value_at"]
 
 Schedule = Callable[[int], float]
 
 
 def linear(num_steps: int, start: float = 0.0, stop: float = 1.0) -> Schedule:
-    """A schedule: from `start` to `stop` in `num_steps` steps, then constant.
+    """A schedule that goes from `start` to `stop` in `num_steps` steps and then stays there.
 
     Example:
         >>> [linear(4)(step) for step in (0, 1, 4, 9)]
@@ -23,7 +23,7 @@ def linear(num_steps: int, start: float = 0.0, stop: float = 1.0) -> Schedule:
 
 
 def cyclical(period: int, start: float = 0.0, stop: float = 1.0, *, rising: float = 0.5) -> Schedule:
-    """A schedule: in each period from `start` to `stop` during the share `rising` of it, then constant.
+    """A schedule of periods: it goes from `start` to `stop` in the share `rising` of each, and then stays there.
 
     References:
         Fu et al. (2019), Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing.
@@ -37,7 +37,8 @@ def cyclical(period: int, start: float = 0.0, stop: float = 1.0, *, rising: floa
     return lambda step: start + (stop - start) * min(1.0, step % period / (rising * period))
 
 
-def _at(name: str, schedule: float | Schedule, step: int) -> float:
+def value_at(name: str, schedule: float | Schedule, step: int) -> float:
+    """The value of a number or schedule at a step, which must be finite and not negative. Errors give its `name`."""
     value = float(schedule(step) if callable(schedule) else schedule)
     if not (isfinite(value) and value >= 0):
         raise ValueError(f"BetaELBO: expected a finite {name} >= 0, got {value} at step {step}.")
