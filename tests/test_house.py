@@ -34,6 +34,14 @@ def test_files_functions_and_classes_are_short():
     assert wide == {}
 
 
+def test_tests_are_short_and_in_the_same_rooms():
+    tests = Path(__file__).parent
+    lengths = {p.relative_to(tests): len(p.read_text().splitlines()) for p in tests.rglob("*.py")}
+    assert {name: n for name, n in lengths.items() if n > 350} == {}
+    rooms = {p.parent.name for p in PACKAGE.glob("*/*.py") if p.name != "__init__.py"}
+    assert rooms <= {p.name for p in tests.iterdir() if p.is_dir()}
+
+
 def test_import_has_no_side_effects():
     code = """
 import sys, numpy, torch, pyro

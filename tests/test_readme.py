@@ -25,3 +25,9 @@ def test_exactly_two_set_up_commands():
     commands = [code.strip() for language, code in BLOCKS if language == "bash"]
     assert len(commands) == 2
     assert all(len(command.splitlines()) == 1 for command in commands)
+
+
+def test_tests_that_are_named_are_there():
+    named = set(re.findall(r"`(test_\w+)`", README.read_text()))
+    assert named
+    assert named <= {path.stem for path in Path(__file__).parent.rglob("test_*.py")}
