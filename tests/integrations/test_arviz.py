@@ -199,7 +199,7 @@ def regression(predictor, y):
 @pytest.fixture
 def mcmc():
     predictor = torch.randn(10, 3)
-    run = MCMC(NUTS(regression), num_samples=30, warmup_steps=30, num_chains=1, disable_progbar=True)
+    run = MCMC(NUTS(regression), num_samples=30, warmup_steps=150, num_chains=1, disable_progbar=True)
     run.run(predictor, predictor.sum(-1) + 0.1 * torch.randn(10))
     return run
 
