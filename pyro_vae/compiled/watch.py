@@ -81,7 +81,7 @@ class Watch:
         elif isinstance(root, (list, tuple)) and len(root) <= 64:
             for i, value in enumerate(root):
                 self._take(root.__getitem__, i, value, f"a {type(root).__name__}")
-        elif hasattr(root, "__dict__") and not (type(root).__module__ or "").startswith(LIBRARIES):
+        elif hasattr(root, "__dict__") and not _belongs_to(type(root).__module__, LIBRARIES):
             self._mapping(vars(root), type(root).__name__)
             self._forward(root)
         elif isinstance(root, nn.Module):
@@ -94,7 +94,7 @@ class Watch:
                 self._walk(function)
 
     def _function(self, function: FunctionType) -> None:
-        library = (function.__module__ or "").startswith((*LIBRARIES, *PYRO))
+        library = _belongs_to(function.__module__, (*LIBRARIES, *PYRO))
         if library and not function.__closure__:
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -143,3 +143,8 @@ class _Cell:
 
     def __call__(self, key: Any) -> Any:
         return self._cell.cell_contents
+
+
+def _belongs_to(module: str | None, packages: tuple[str, ...]) -> bool:
+    """Whether a module is one of these packages or inside of one; `torch_nets` is not in `torch`."""
+    return any(module == package or (module or "").startswith(f"{package}.") for package in packages)

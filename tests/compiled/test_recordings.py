@@ -183,3 +183,17 @@ def test_handlers_around_the_call_are_obeyed():
             losses = [gradients(e, *pair, X)[0] for e in (compiled, elbo)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
         assert gradients(compiled, *pair, X)[0] == pytest.approx(losses[1] / (1 + i), rel=1e-5)
+
+
+@pytest.mark.parametrize("module", ["torch_nets", "pyro_models", "mathematics", "pyro_vae_models"])
+def test_a_users_module_whose_name_begins_like_a_librarys_is_watched(module):
+    scope = {"BETA": 1.0, "pyro": pyro, "dist": dist, "torch": torch, "__name__": module}
+    exec(
+        "def model(x):\n"
+        "    with pyro.plate('data', len(x)):\n"
+        "        z = pyro.sample('z', dist.Normal(0.0, 1.0))\n"
+        "        pyro.sample('x', dist.Normal(BETA * z.unsqueeze(-1), 1.0).expand([len(x), 3]).to_event(1), obs=x)\n",
+        scope,
+    )
+    guide = scaled_pair(lambda: 1.0)[1]
+    assert_follows((scope["model"], guide), lambda i: scope.update(BETA=1.0 + i // 4), recordings=3)
