@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import inspect
 import re
@@ -154,6 +155,7 @@ def of_bases(cls):
     return of_classes(b for b in cls.__mro__ if b is not object and not b.__module__.startswith("pyro_vae"))
 
 
+@functools.cache
 def used_and_overridden():
     """{private name: files that use a part of others by it, or have one of their own in the place of such a part}"""
     trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
