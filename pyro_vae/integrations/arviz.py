@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evidence.log_weights import LogWeightSummary
-from pyro_vae.integrations.arviz_groups import Dims, _batch_dims, _Chunk, _Groups
+from pyro_vae.integrations.arviz_groups import Chunk, Dims, Groups, batch_dims
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.modes import evaluation_mode
@@ -89,7 +89,7 @@ def from_pyro_svi(
             f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "
             "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that draws them."
         )
-    groups = _Groups(coords, dims)
+    groups = Groups(coords, dims)
     generative = poutine.uncondition(model)
     points: list[tuple[Tensor, ...]] = []
     with torch.no_grad(), evaluation_mode(model, guide):
@@ -99,7 +99,7 @@ def from_pyro_svi(
                 summary, stop = LogWeightSummary(num_samples), 0
                 for count in counts:
                     draws, stop = slice(stop, stop + count), stop + count
-                    put = _Chunk(groups, sampler, (num_samples, sampler.num_points), (draws, rows))
+                    put = Chunk(groups, sampler, (num_samples, sampler.num_points), (draws, rows))
                     guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
                     put.sites(model_trace, latent="posterior")
                     put.sites(sampler.run(generative, count, rows, replay=guide_trace), "posterior_predictive")
@@ -158,30 +158,44 @@ def from_pyro(
         raise TypeError(f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}.")
     samples = mcmc.get_samples(group_by_chain=True)
     num_chains, num_draws = next(iter(samples.values())).shape[:2]
-    groups = _Groups(coords, dims, num_chains)
-    model, args, kwargs = mcmc.kernel.model, mcmc._args, mcmc._kwargs
-    first = {name: value[0, 0] for name, value in samples.items()}
-    plates: dict[str, list[str | None]] = {}
-    if model is not None:
-        trace = poutine.trace(SetValues(first)(model)).get_trace(*args, **kwargs)
-        sites = sample_sites(trace)
-        plates = {name: _batch_dims(site) for name, site in sites.items()}
-        unseen = [name for name, site in sites.items() if not site["is_observed"] and name not in samples]
-        if unseen:
-            raise ValueError(
-                f"from_pyro: MCMC has no draws of the latent sites {unseen}, which it summed out. Try "
-                "pyro.infer.infer_discrete to draw them, or a kernel without enumeration."
-            )
+    groups = Groups(coords, dims, num_chains)
+    has_model = mcmc.kernel.model is not None
+    sites = _sites(mcmc, samples) if has_model else {}
+    plates = {name: batch_dims(site) for name, site in sites.items()}
     for name, value in samples.items():
         groups.put("posterior", name, value.flatten(0, 1), plates.get(name, []), draws=True)
     diverging = torch.zeros(num_chains, num_draws, dtype=torch.bool)
     for chain, diagnostics in enumerate(mcmc._diagnostics):
         diverging[chain, list(diagnostics.get("divergences", []))] = True
     groups.put("sample_stats", "diverging", diverging.flatten(), [], draws=True)
-    if model is None:
-        return groups.tree()
+    for name, site in sites.items():
+        if site["is_observed"]:
+            groups.put("observed_data", name, site["value"], plates[name])
+    if has_model:
+        for (group, name), values in _runs_of_the_model(mcmc, samples, progress).items():
+            groups.put(group, name, torch.stack(values), plates[name], draws=True)
+    return groups.tree()
+
+
+def _sites(mcmc: Any, samples: dict[str, Tensor]) -> dict[str, dict]:
+    """The sites of the model at the first draw. Raises ValueError if MCMC has no draws of one of its latent sites."""
+    first = SetValues({name: value[0, 0] for name, value in samples.items()})
+    sites = sample_sites(poutine.trace(first(mcmc.kernel.model)).get_trace(*mcmc._args, **mcmc._kwargs))
+    unseen = [name for name, site in sites.items() if not site["is_observed"] and name not in samples]
+    if unseen:
+        raise ValueError(
+            f"from_pyro: MCMC has no draws of the latent sites {unseen}, which it summed out. Try "
+            "pyro.infer.infer_discrete to draw them, or a kernel without enumeration."
+        )
+    return sites
+
+
+def _runs_of_the_model(mcmc: Any, samples: dict[str, Tensor], progress: bool) -> dict[tuple[str, str], list[Tensor]]:
+    """{(group, site): one value per run}: the model is run with the latents of each draw, and under its prior."""
+    model, args, kwargs = mcmc.kernel.model, mcmc._args, mcmc._kwargs
     generative = poutine.uncondition(model)
-    draws: dict[tuple[str, str], list[Tensor]] = {}
+    num_chains, num_draws = next(iter(samples.values())).shape[:2]
+    values: dict[tuple[str, str], list[Tensor]] = {}
     with torch.no_grad(), progress_bar(num_chains * num_draws, "draws for ArviZ", progress) as bar:
         for i in range(num_chains * num_draws):
             draw = SetValues({name: value.flatten(0, 1)[i] for name, value in samples.items()})
@@ -192,14 +206,9 @@ def from_pyro(
                 for name, site in sample_sites(poutine.trace(function).get_trace(*args, **kwargs)).items():
                     observed = site["is_observed"] or site["infer"].get("was_observed")
                     if group == "prior":
-                        draws.setdefault(("prior_predictive" if observed else "prior", name), []).append(site["value"])
+                        values.setdefault(("prior_predictive" if observed else "prior", name), []).append(site["value"])
                     elif observed:
                         value = site_log_prob(site) if group == "log_likelihood" else site["value"]
-                        draws.setdefault((group, name), []).append(value)
+                        values.setdefault((group, name), []).append(value)
             bar.update()
-    for name, site in sites.items():
-        if site["is_observed"]:
-            groups.put("observed_data", name, site["value"], plates[name])
-    for (group, name), drawn in draws.items():
-        groups.put(group, name, torch.stack(drawn), plates[name], draws=True)
-    return groups.tree()
+    return values

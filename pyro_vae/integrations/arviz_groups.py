@@ -1,4 +1,8 @@
-"""Arrays by group and variable, which become an `InferenceData` or `DataTree`."""
+"""What `from_pyro` and `from_pyro_svi` share: arrays by group and variable become an `InferenceData` or `DataTree`.
+
+`Groups` collects arrays ([draws], *batch, *event) with the names of their dimensions. `Chunk` puts the traces of some
+particles × rows at their place in these arrays.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,12 @@ from pyro_vae.pairs.sites import sample_sites, site_log_prob
 from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["Dims"]
+__all__ = ["Chunk", "Dims", "Groups", "batch_dims"]
 
 Dims = Mapping[str, Sequence[str]]
 
 
-class _Groups:
+class Groups:
     """Collects arrays by group and variable, with the names of their dimensions, and makes a tree of them."""
 
     def __init__(self, coords: Mapping[str, Any] | None, dims: Dims | None, num_chains: int = 1) -> None:
@@ -104,15 +108,16 @@ class _Groups:
         return xr.Dataset(variables, coords)
 
 
-class _Chunk:
+class Chunk:
     """Aligns the sites of traces that ran under the particle plate, and stores them at their draws and rows."""
 
     def __init__(
-        self, groups: _Groups, sampler: ParticleSampler, size: tuple[int, int], at: tuple[slice, slice]
+        self, groups: Groups, sampler: ParticleSampler, size: tuple[int, int], at: tuple[slice, slice]
     ) -> None:
         self.groups, self.sampler, self.size, self.at = groups, sampler, size, at
 
     def draws(self, group: str, name: str, value: Tensor, batch: list[str]) -> None:
+        """Stores a variable that has a value for each draw."""
         self.groups.put(group, name, value, batch, draws=True, at=self.at, size=self.size)
 
     def sites(self, trace: poutine.Trace, predictive: str | None = None, *, latent: str | None = None) -> None:
@@ -123,6 +128,7 @@ class _Chunk:
                 self.draws(group, name, self.sampler.layout.align(site, self.at[1]), self.sampler.layout.plates(site))
 
     def observed(self, model_trace: poutine.Trace) -> None:
+        """Stores the log-likelihood and the data of each observed site."""
         for name, site in sample_sites(model_trace).items():
             if site["is_observed"]:
                 batch, rows = self.sampler.layout.plates(site), self.at[1]
@@ -133,6 +139,7 @@ class _Chunk:
                 self.groups.put("observed_data", name, value, batch, at=(rows,), size=self.size[1:])
 
     def stats(self, particles: Particles) -> None:
+        """Stores log p(x, z), log q(z|x) and the log-weight of each draw."""
         batch = [self.sampler.layout.plate]
         self.draws("sample_stats", "log_p", particles.log_prior + particles.log_likelihood, batch)
         self.draws("sample_stats", "log_q", particles.log_posterior, batch)
@@ -150,7 +157,7 @@ _GROUPS = (
 )
 
 
-def _batch_dims(site: dict) -> list[str | None]:
+def batch_dims(site: dict) -> list[str | None]:
     """The name of each batch dimension of a site's value, from its plates."""
     batch = site["value"].dim() - len(site["fn"].event_shape)
     names = {f.dim: f.name for f in site["cond_indep_stack"]}
