@@ -9,7 +9,6 @@ functions: everything that takes a (model, guide) pair also takes `vae.model, va
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, count
 from typing import Any
 
 import pyro
@@ -19,6 +18,7 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_vae.distributions.structure import condition, expected_value
+from pyro_vae.models.registration import condition_registered, store_name
 from pyro_vae.pairs.checks import check_support
 from pyro_vae.pairs.modes import evaluation_mode
 
@@ -213,57 +213,10 @@ class VAE(nn.Module):
             check_support("x", {"fn": p_x, "value": x, "mask": None})
 
     def _condition(self, role: str, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        """The distribution in this role given `inputs`, with its parameters passed through `pyro.param`."""
-        part = getattr(self, role)
-        parameters = self._trainable(role)
-        if parameters:
-            prefix = f"{self._store_name(role)}$$${role}."
-            values = {name: pyro.param(prefix + name, p) for name, p in parameters.items()}
-            changed = {f"part.{name}": v for name, v in values.items() if v is not parameters[name]}
-            if changed:  # a handler, such as poutine.lift, replaced the weights by other values
-                options = {"event_dims": event_dims, "role": role}
-                return torch.func.functional_call(_Conditioned(part), changed, inputs, options)
-        return condition(part, *inputs, event_dims=event_dims, role=role)
-
-    def _trainable(self, role: str) -> dict[str, nn.Parameter]:
-        part = getattr(self, role)
-        return {n: p for n, p in part.named_parameters() if p.requires_grad} if isinstance(part, nn.Module) else {}
-
-    def _store_name(self, role: str) -> str:
-        """The first of name, name_2, name_3, … under which Pyro's parameter store holds no other VAE's weights."""
-        store = pyro.get_param_store()
-        name, first = next(iter(self._trainable(role).items()))
-        key = f"{self._registered}$$${role}.{name}"
-        if key in store and store[key] is first:
-            return self._registered  # the usual case: every run after the first
-        mine = {f"{r}.{n}": p for r in ("prior", "likelihood", "posterior") for n, p in self._trainable(r).items()}
-        for candidate in chain([self._registered, self.name], (f"{self.name}_{i}" for i in count(2))):
-            keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
-            clashes = [key for key, p in keys.items() if key in store and store[key] is not p]
-            strange = [key for key in clashes if not hasattr(store[key], "_pyro_vae")]
-            if strange:
-                raise ValueError(
-                    f"VAE {self.name!r}: Pyro's parameter store already holds {strange[0]!r}, which is not a weight of "
-                    "a VAE. Pyro would train that one, and not the weight that this VAE uses. Try VAE(…, name=…) with "
-                    "another name, pyro.clear_param_store(), or load_state_dict to load weights."
-                )
-            if not clashes:
-                break
-        for p in mine.values():
-            p._pyro_vae = True  # type: ignore[attr-defined]
-        self._registered = candidate
-        return candidate
-
-
-class _Conditioned(nn.Module):
-    """A conditional distribution as a module that `torch.func.functional_call` can call."""
-
-    def __init__(self, part: nn.Module) -> None:
-        super().__init__()
-        self.part = part
-
-    def forward(self, *inputs: Tensor, **options: Any) -> Any:
-        return condition(self.part, *inputs, **options)
+        """The distribution in this role given `inputs`, with its parameters registered with Pyro."""
+        parts = {"prior": self.prior, "likelihood": self.likelihood, "posterior": self.posterior}
+        self._registered = store_name(parts, role, self._registered, self.name)
+        return condition_registered(parts, role, self._registered, *inputs, event_dims=event_dims)
 
 
 def _event_dims(*rows: Tensor) -> list[int]:
