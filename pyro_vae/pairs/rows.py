@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.pairs.look import Look
-from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.sites import base_distribution, sample_sites
 
 __all__ = ["WINDOW", "Rows", "find_rows"]
 
@@ -136,7 +136,11 @@ def _probe(
 def _latents(look: Look) -> dict[str, dict]:
     """Sites with a value to be set: not points, which follow from the others."""
     sites = sample_sites(look.model) | sample_sites(look.guide)
-    return {n: s for n, s in sites.items() if not s["is_observed"] and not isinstance(_base(s["fn"]), dist.Delta)}
+    return {
+        n: s
+        for n, s in sites.items()
+        if not s["is_observed"] and not isinstance(base_distribution(s["fn"]), dist.Delta)
+    }
 
 
 def _agree(window: Look, alone: Look, index: int, plate: str) -> bool:
@@ -146,7 +150,7 @@ def _agree(window: Look, alone: Look, index: int, plate: str) -> bool:
         if name not in others:
             return False
         first, second = (look.log_probs[index].get(name) for look in (window, alone))
-        if isinstance(_base(site["fn"]), dist.Delta) or first is None or second is None:
+        if isinstance(base_distribution(site["fn"]), dist.Delta) or first is None or second is None:
             continue
         try:
             first, second = torch.broadcast_tensors(_middle(site, first, plate, 0), second)
@@ -164,12 +168,6 @@ def _middle(site: dict, value: Tensor, plate: str, event_dim: int) -> Tensor:
         if frame.name == plate and axis >= 0 and value.shape[axis] == WINDOW:
             return value.narrow(axis, MIDDLE.start, MIDDLE.stop - MIDDLE.start)
     return value
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def _cut(args: tuple, kwargs: Mapping[str, Any], keys: frozenset[Key], rows: slice) -> tuple[tuple, dict]:

@@ -16,6 +16,7 @@ from pyro_vae.pairs.supports import inside_support
 
 __all__ = [
     "Site",
+    "base_distribution",
     "enumerates",
     "find_sites",
     "outside_support",
@@ -114,6 +115,13 @@ def site_mask(site: dict) -> Tensor | None:
     for mask in map(torch.as_tensor, masks):
         result = mask if result is None else result & mask
     return result
+
+
+def base_distribution(fn: Any) -> Any:
+    """What stands under masks, reinterpreted dimensions and transformations."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def plate_frames(*traces: poutine.Trace) -> list[Any]:

@@ -10,7 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pairs.look import Look
-from pyro_vae.pairs.sites import sample_sites, site_mask
+from pyro_vae.pairs.sites import base_distribution, sample_sites, site_mask
 from pyro_vae.pairs.supports import support_of
 
 __all__ = ["check_density", "check_masks"]
@@ -26,16 +26,16 @@ def check_density(look: Look) -> None:
     p(x).
     """
     for name, site in sample_sites(look.guide).items():
-        if isinstance(_base(site["fn"]), dist.Unit):
+        if isinstance(base_distribution(site["fn"]), dist.Unit):
             raise ValueError(
                 f"site {name!r} of the guide is a pyro.factor: whether it belongs to the density of draws cannot be "
                 "told. Try log_density of a Delta for a log-determinant, and a factor of the model for anything else."
             )
     sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
     latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
-    points = {n for n, s in sites.items() if isinstance(_base(s["fn"]), dist.Delta)}
+    points = {n for n, s in sites.items() if isinstance(base_distribution(s["fn"]), dist.Delta)}
     # a point of the model too, such as a prior that is one, has the weight one
-    points -= {n for n in points & latents if isinstance(_base(look.model.nodes[n]["fn"]), dist.Delta)}
+    points -= {n for n in points & latents if isinstance(base_distribution(look.model.nodes[n]["fn"]), dist.Delta)}
     drawn = sum(_numel(s) for n, s in sites.items() if n not in latents and n not in points)
     through = sum(_unconstrained_numel(look.model.nodes[n]) for n in points if n in latents)
     if drawn < through:
@@ -91,9 +91,3 @@ def _unconstrained_numel(site: dict) -> int:
         return int(torch.distributions.biject_to(support).inv(site["value"]).numel())
     except NotImplementedError:
         return _numel(site)
-
-
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
