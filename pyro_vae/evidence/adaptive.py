@@ -1,13 +1,17 @@
 r"""Adaptive importance sampling: a Gaussian with full covariance is fitted to the posterior of every data point.
 
-The fit is variational, argmax over N(m, S) of E log p(x, u) + entropy, whose optimum satisfies
+The fit is variational: N(m, S) maximises E log p(x, u) + entropy, and at the optimum
 
     E ∇ log p(x, u) = 0,    S⁻¹ = −E ∇² log p(x, u).
 
-Natural-gradient steps of size ρ towards it, S⁻¹ ← (1 − ρ) S⁻¹ − ρ E ∇², m ← m + ρ S E ∇, take the expected Hessian
-from a linear regression of gradients on draws (Salimans & Knowles 2013, *Fixed-Form Variational Posterior
-Approximation through Stochastic Linear Regression*): for a Gaussian posterior D + 1 gradients give it exactly. All of
-it happens in the coordinates u = m + C ε, S = C Cᵀ, of the current Gaussian, and for all data points at once.
+Natural-gradient steps of size ρ lead there,
+
+    S⁻¹ ← (1 − ρ) S⁻¹ − ρ E ∇² log p(x, u),    m ← m + ρ S E ∇ log p(x, u).
+
+A linear regression of gradients on draws estimates the expected Hessian (Salimans & Knowles 2013, *Fixed-Form
+Variational Posterior Approximation through Stochastic Linear Regression*); for a Gaussian posterior, D + 1 gradients
+determine it exactly. The steps are made in the coordinates ε of the current Gaussian, u = m + C ε with S = C Cᵀ, and
+for all data points at once.
 """
 
 from __future__ import annotations
@@ -28,11 +32,11 @@ from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["FIRST_DRAWS", "adaptive_importance_sampling", "fit_gaussians"]
 
-FIRST_DRAWS = 100  # of the guide, whose moments are the start; and of both components, to find their shares
-FIT_TOGETHER = 200  # weights whose tensors a row's fit makes at a time
-RIDGE = 0.2  # of the regression, towards the current covariance, in units of a draw's weight
-WIDEN = 1.05  # of the fitted standard deviations: tails that are too light cost more than ones that are too heavy
-LEAST_SHARE = 0.15  # of the draws, for each component
+FIRST_DRAWS = 100  # of the guide, whose moments start the fit, and of each component, to find its share
+FIT_TOGETHER = 200  # the fit of one row makes as many tensors at a time as this many weights
+RIDGE = 0.2  # ridge penalty of the regression, towards the current covariance, in units of one draw
+WIDEN = 1.05  # factor of the fitted standard deviations: tails that are too light cost more than heavy ones
+LEAST_SHARE = 0.15  # each component gets at least this share of the draws
 
 
 def adaptive_importance_sampling(
@@ -51,41 +55,43 @@ def adaptive_importance_sampling(
 ) -> Evidence:
     """Estimates log p(x) of each data point by importance sampling from a Gaussian that is fitted to its posterior.
 
-    Starts at q(z|x), fits a full-covariance Gaussian over the unconstrained latents of each point (see the top of this
-    module), and draws fresh particles from a mixture of it, q and the prior, whose shares, each at least 15 %, are
-    fitted too. The fits use other draws than the estimate, which so remains a lower bound in expectation. Use it where
-    k-hat of `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point, and on points
-    that were not trained on far from it. Of a posterior with several separate modes the Gaussian finds one; q and, in a
-    few dimensions, the prior have to cover the others.
+    The fit starts at q(z|x). It fits a full-covariance Gaussian over the unconstrained latents of each point (see the
+    top of this module). Fresh particles are then drawn from a mixture of this Gaussian, q and the prior. The shares of
+    the mixture are fitted too, and each is at least 15 %. The estimate uses none of the draws of the fits, so that it
+    remains a lower bound in expectation.
 
-    A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each the price of about three weights, and 300
-    weights; its own arithmetic is of order D³ for each point and step. A continuous latent of any support will do;
-    discrete ones are to be marked by `pyro.infer.config_enumerate`, and are summed out. A q with auxiliary variables,
-    whose density is not known, is where the fit starts, but no part of the mixture.
+    Use it if the k-hat of `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point,
+    and can be far from it on points outside the training data. If a posterior has several separate modes, the Gaussian
+    finds one of them; q and, in few dimensions, the prior must cover the others.
+
+    A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each of which costs as much as about three
+    weights, and 300 weights. Its own arithmetic is of order D³ for each point and step. Continuous latents may have any
+    support. Discrete latents must be marked by `pyro.infer.config_enumerate`, and are summed out. If q has auxiliary
+    variables, its density is not known; the fit then starts at q, but q is not a part of the mixture.
 
     References:
         Salimans & Knowles (2013), Bayesian Analysis 8(4), section 4.
         Owen & Zhou (2000), Safe and effective importance sampling, section 2.
 
     Args:
-        model: as in `importance_sampling`, whose other arguments are the same.
+        model: as in `importance_sampling`.
         guide: its guide, where the fit starts.
         *args: what both are called with.
-        num_particles: K ≥ 1 draws after the fit.
-        num_steps: natural-gradient steps of the fit.
+        num_particles: K ≥ 1, number of draws after the fit.
+        num_steps: number of natural-gradient steps in the fit.
         plate: name of the plate of data points; None for the joint evidence of all data.
-        smooth: Pareto smoothing.
-        correction: of the bias: None, "delta" or "jackknife".
-        exact_draw: {site: (N, …)}, exact posterior draws, which make the estimate an upper bound.
-        chunk_size: particles × rows of one pass.
+        smooth: Pareto smoothing, as in `importance_sampling`.
+        correction: how to correct the bias: None, "delta" or "jackknife", as in `importance_sampling`.
+        exact_draw: {site: (N, *inner plates, *event)}, exact posterior draws, which make the estimate an upper bound.
+        chunk_size: particles × rows in one pass.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
     Returns:
-        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation.
+        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation, unless an option above says otherwise.
 
     Raises:
-        ValueError: as `importance_sampling`; a discrete latent that is not marked for enumeration.
+        ValueError: as in `importance_sampling`; a discrete latent is not marked for enumeration.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -130,23 +136,26 @@ def adaptive_importance_sampling(
 
 
 def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Gaussians:
-    """Fits N(m, S) to the posterior of each data point, from the moments of the guide; see the top of this module.
+    """Fits N(m, S) to the posterior of each data point, starting at the moments of the guide.
+
+    The top of this module has the equations.
 
     Args:
-        density: of the latents.
-        num_steps: natural-gradient steps.
+        density: the density of the latents.
+        num_steps: number of natural-gradient steps.
         step_size: ρ, in (0, 1].
 
     Returns:
-        `Gaussians`. A point whose fit fails, as gradients are not finite, keeps the moments of the guide.
+        `Gaussians`. If the fit of a point fails because gradients are not finite, the point keeps the moments of the
+        guide.
 
     Raises:
-        ValueError: masked latents.
+        ValueError: a latent is masked.
     """
     if density.masked:
         raise ValueError(
-            f"latent sites {density.masked} are masked; where they are, there is no posterior for a Gaussian to be "
-            "fitted to. Try importance_sampling, or annealed_importance_sampling from the guide."
+            f"latent sites {density.masked} are masked. Where a latent is masked, it has no posterior to fit a "
+            "Gaussian to. Try importance_sampling, or annealed_importance_sampling from the guide."
         )
     current = start = Gaussians.around(density.draw(FIRST_DRAWS))
     size = density.dim
@@ -154,7 +163,7 @@ def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: floa
     half = (max(16, size + 14) + 1) // 2
     for _ in range(num_steps):
         noise = current.noise(half)
-        noise = torch.cat([noise, -noise])  # so that of a quadratic the mean gradient is exact
+        noise = torch.cat([noise, -noise])  # makes the mean gradient of a quadratic exact
         gradient = torch.einsum("nij,kni->knj", current.scale_tril, density.gradient(current(noise)))
         mean = gradient.mean(0)
         ridge = RIDGE * len(noise) * identity
@@ -163,9 +172,9 @@ def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: floa
         precision = (1 - step_size) * identity - step_size * (slope + slope.mT) / 2
         usable = precision.isfinite().flatten(1).all(1) & mean.isfinite().all(1)
         values, vectors = torch.linalg.eigh(torch.where(usable[:, None, None], precision, identity))
-        values = values.clamp(0.25, 16.0)  # a step changes no standard deviation by more than 2 or 1/4
+        values = values.clamp(0.25, 16.0)  # a step at most doubles a standard deviation, and at most quarters it
         step = torch.einsum("nij,nj->ni", vectors, torch.einsum("nij,ni->nj", vectors, mean) / values) * step_size
-        step = step * (sqrt(size) / step.norm(dim=-1, keepdim=True)).clamp(max=1.0)  # the mean goes as far as a draw
+        step = step * (sqrt(size) / step.norm(dim=-1, keepdim=True)).clamp(max=1.0)  # no farther than a typical draw
         new = Gaussians(current(step.unsqueeze(0))[0], current.scale_tril @ (vectors * values.rsqrt().unsqueeze(-2)))
         current = Gaussians(
             torch.where(usable[:, None], new.loc, start.loc),

@@ -1,17 +1,18 @@
 r"""Annealed importance sampling, forwards (a lower bound of log p(x)) and backwards (an upper bound).
 
-Between a start q₀(u) and the joint density stand f_b(u) = q₀(u)^{1−b} p(x, u)^b. For 0 = b₀ < b₁ < … < b_T = 1 a chain
-starts at u₁ ~ q₀ and moves u_t → u_{t+1} by a Hamiltonian transition that leaves f_{b_t} invariant,
+The densities f_b(u) = q₀(u)^{1−b} p(x, u)^b lead from a start q₀(u) to the joint density. With temperatures
+0 = b₀ < b₁ < … < b_T = 1, a chain starts at u₁ ~ q₀ and moves u_t → u_{t+1} by a Hamiltonian transition that leaves
+f_{b_t} invariant,
 
     log w = Σ_t (b_t − b_{t−1}) U(u_t),    U(u) = log p(x, u) − log q₀(u),    E w = p(x)
 
-(Neal 2001, *Annealed importance sampling*), so that E log w ≤ log p(x), for any T and however badly the chain mixes: it
-needs transitions that are exactly invariant, whose step sizes and temperatures do not depend on the chain. They are
-tuned in a pilot run with other chains, for each data point, and frozen.
+(Neal 2001, *Annealed importance sampling*). It follows that E log w ≤ log p(x), for any T and however badly the chain
+mixes. The transitions must be exactly invariant, so that their step sizes and temperatures must not depend on the
+chain. A pilot run with separate chains tunes both for each data point; then they are frozen.
 
-Backwards: u_T is an exact draw from the posterior, known for data simulated from the model, and the chain runs from
-b_T down; then E 1/w = 1/p(x) and −log 1/K Σ 1/w_k is an upper bound in expectation (Grosse, Ghahramani & Adams 2015,
-*Sandwiching the marginal likelihood using bidirectional Monte Carlo*).
+Backwards, the chain starts at u_T, an exact draw from the posterior, and b falls from b_T. Exact draws are known for
+data that are simulated from the model. Then E 1/w = 1/p(x), and −log 1/K Σ 1/w_k is an upper bound in expectation
+(Grosse, Ghahramani & Adams 2015, *Sandwiching the marginal likelihood using bidirectional Monte Carlo*).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["annealed_importance_sampling"]
 
-ACCEPTANCE = 0.8  # that the pilot run aims at
-LEAPFROG_TENSORS = 4.0  # a gradient makes about so many times the tensors of a log-weight
+ACCEPTANCE = 0.8  # the rate of acceptance that the pilot run aims at
+LEAPFROG_TENSORS = 4.0  # a gradient needs about this many times the tensors of a log-weight
 
 
 def annealed_importance_sampling(
@@ -55,10 +56,10 @@ def annealed_importance_sampling(
 ) -> Evidence:
     """Estimates log p(x) of each data point by annealed importance sampling with Hamiltonian Monte Carlo.
 
-    Each of K chains per point passes T − 1 transitions of `num_leapfrog` gradients; a pilot run with half of the chains
-    and a quarter of the temperatures tunes the step sizes first. Costs K × T × L gradients, and is worth it where the
-    weights of importance sampling are too heavy. It fails, on the low side, where T is too small for the way that
-    the chains have to go: compare starts, or T with 4 T. With few chains k-hat cannot be told (K < 21) or is crude.
+    For each point, K chains make T − 1 transitions of L gradients each. Before that, a pilot run with half of the
+    chains and a quarter of the temperatures tunes the step sizes. The cost is K × T × L gradients, which is worth it if
+    the weights of importance sampling are too heavy. The estimate is too low if T is too small for the distance from
+    q₀ to the posterior; to check, compare starts, or T with 4 T. k-hat is unknown for K < 21, and crude for few chains.
 
     References:
         Neal (2001), Annealed importance sampling, Statistics and Computing 11, equations 9–11.
@@ -69,26 +70,27 @@ def annealed_importance_sampling(
         model: as in `importance_sampling`.
         guide: its guide.
         *args: what both are called with.
-        num_particles: K ≥ 1 chains for each point.
-        num_temperatures: T ≥ 1, values of b above 0.
-        num_leapfrog: L ≥ 1 gradients in a transition.
-        start: q₀: "guide"; "prior"; or "adapted", the Gaussian that `adaptive_importance_sampling` fits, which needs
-            the fewest temperatures, and which a guide with auxiliary variables can have too.
-        schedule: of the temperatures: "linear"; "sigmoid", slow at both ends; or "adaptive", for each point equal steps
-            of ∫ √Var_b(U) db as the pilot run saw it (Gelman & Meng 1998, section 4.2).
+        num_particles: K ≥ 1, number of chains for each point.
+        num_temperatures: T ≥ 1, number of values of b above 0.
+        num_leapfrog: L ≥ 1, number of gradients in a transition.
+        start: q₀. "guide"; "prior"; or "adapted", the Gaussian that `adaptive_importance_sampling` fits. "adapted"
+            needs the fewest temperatures, and also works for a guide with auxiliary variables.
+        schedule: how the temperatures are spaced. "linear"; "sigmoid", slow at both ends; or "adaptive", with equal
+            steps of ∫ √Var_b(U) db for each point, as estimated by the pilot run (Gelman & Meng 1998, section 4.2).
         plate: name of the plate of data points; None for the joint evidence of all data.
-        exact_draw: {site: (N, *inner plates, *event)}, exact posterior draws, known for simulated data only: all chains
-            run backwards from there, and the estimate is an upper bound.
-        chunk_size: chains × rows of one pass.
+        exact_draw: {site: (N, *inner plates, *event)}, exact draws from the posterior, which are known only for
+            simulated data. All chains run backwards from them, and the estimate is an upper bound.
+        chunk_size: chains × rows in one pass.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
     Returns:
-        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation, an upper bound with `exact_draw`, whose
-        standard error leaves out what comes from the draw itself: over many points the spread of the gap shows it.
+        `Evidence`; log_evidence (N,) in nats is a lower bound in expectation. With `exact_draw` it is an upper bound,
+        and its standard error leaves out the variance of the exact draw. The spread of the gap over many points
+        shows that variance.
 
     Raises:
-        ValueError: as `importance_sampling`; options out of their range; a discrete latent that is not marked for
+        ValueError: as in `importance_sampling`; an option is out of its range; a discrete latent is not marked for
             enumeration.
 
     Example:
@@ -161,17 +163,17 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class _Path:
-    """The way from q₀ to p(x, u) for N points, in coordinates v in which q₀ has about unit covariance."""
+    """The path from q₀ to p(x, u) for N points, in coordinates v in which q₀ has about unit covariance."""
 
     density: LatentDensity
     start: Proposal
     shape: Gaussians  # u = loc + scale_tril v
     num_leapfrog: int
     temperatures: Tensor | None = None  # b, (T + 1, N)
-    step_sizes: Tensor | None = None  # of the transition at each of them, (T + 1, N)
+    step_sizes: Tensor | None = None  # of the transition at each temperature, (T + 1, N)
 
     def forwards(self, num_chains: int, *, tune: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """log w (K, N), and step sizes, which adapt on the way if `tune`, and variances of U, both (T + 1, N)."""
+        """log w, (K, N); step sizes, which adapt along the way if `tune`; variances of U; the last two (T + 1, N)."""
         u, outside = defined(self.start.draw(num_chains))
         state = self._evaluate(u)
         log_weight, steps = torch.zeros_like(state.log_start), self.step_sizes.clone()
@@ -180,7 +182,7 @@ class _Path:
             b = self.temperatures[t]
             log_weight = log_weight + (b - self.temperatures[t - 1]) * state.difference
             if t + 1 == len(steps) and not tune:
-                break  # the last transition moves no weight
+                break  # the last transition changes no weight
             for _ in range(10 if tune and t == 1 else 1):
                 state, acceptance = self._transition(state, b, steps[t])
                 if tune:
@@ -189,7 +191,7 @@ class _Path:
         return log_weight.masked_fill(outside, -inf), steps, torch.stack(variances)
 
     def backwards(self, u: Tensor) -> Tensor:
-        """log w (K, N) of chains that run back from exact posterior draws u."""
+        """log w, (K, N), of chains that run backwards from exact posterior draws u."""
         state = self._evaluate(u)
         log_weight = torch.zeros_like(state.log_start)
         for t in range(len(self.step_sizes) - 1, 0, -1):
@@ -200,7 +202,7 @@ class _Path:
         return log_weight
 
     def tuned(self, num_chains: int, num_temperatures: int, schedule: str) -> _Path:
-        """The same path with temperatures and step sizes from a pilot run of separate chains, which adapt freely."""
+        """The same path, with temperatures and step sizes from a pilot run of separate chains, which adapt freely."""
         pilot = _schedule(max(min(10, num_temperatures), num_temperatures // 4), schedule).to(self.shape.loc)
         pilot = pilot.unsqueeze(-1).expand(-1, len(self.shape.loc))
         steps = torch.full_like(pilot, self._longest / 2)
@@ -221,12 +223,12 @@ class _Path:
 
     @property
     def _longest(self) -> float:
-        """The step size with which a trajectory is a quarter of a unit Gaussian's period, where it forgets most."""
+        """The step size for which a trajectory covers a quarter of a unit Gaussian's period, where it forgets most."""
         return pi / 2 / self.num_leapfrog
 
     def _transition(self, state: _State, b: Tensor, step_size: Tensor) -> tuple[_State, Tensor]:
-        """Leaves f_b invariant; also the probability of acceptance, (N,). What is not finite is never accepted."""
-        # a step size that varies from one transition to the next keeps trajectories from closing on themselves
+        """A transition that leaves f_b invariant, and its mean acceptance, (N,). Never accepts what is not finite."""
+        # step sizes vary from one transition to the next, so that trajectories do not close on themselves
         step = (step_size * (0.6 + 0.4 * torch.rand_like(state.log_start))).unsqueeze(-1)
         momentum = torch.randn_like(state.u)
         energy = state.log_density(b) - 0.5 * momentum.square().sum(-1)
@@ -269,14 +271,14 @@ STARTS: dict[str, Callable[[LatentDensity, int], _Path]] = {
 
 
 def _schedule(num_temperatures: int, schedule: str) -> Tensor:
-    """b₀ = 0 … b_T = 1; sigmoid(4 (2t/T − 1)), rescaled, or linear, also for the pilot run of the adaptive one."""
+    """b₀ = 0, …, b_T = 1: rescaled sigmoid(4 (2t/T − 1)), or linear, as in the pilot run of the adaptive schedule."""
     t = torch.linspace(-4, 4, num_temperatures + 1, dtype=torch.float64)
     b = t.sigmoid() if schedule == "sigmoid" else t
     return (b - b[0]) / (b[-1] - b[0])
 
 
 def _interpolate(x: Tensor, known_x: Tensor, known_y: Tensor) -> Tensor:
-    """Piecewise linear y(x) for each column: x (m, N), increasing known_x and known_y (l, N)."""
+    """Piecewise linear y(x) for each column: x is (m, N); known_x, which increases, and known_y are (l, N)."""
     right = torch.searchsorted(known_x.T.contiguous(), x.T.contiguous()).T.clamp(1, len(known_x) - 1)
     x0, x1, y0, y1 = (known.gather(0, i) for known in (known_x, known_y) for i in (right - 1, right))
     share = ((x - x0) / (x1 - x0).clamp(min=torch.finfo(x.dtype).tiny)).clamp(0, 1)

@@ -1,9 +1,13 @@
 r"""Both sides of log p(x) at once, on data simulated from the model.
 
-A simulation (z*, x) ~ p(z) p(x|z) comes with an exact draw z* from the posterior p(z|x) of its data. With that draw the
-estimators of `pyro_vae` are upper bounds, without it lower ones, and log p(x) lies between them, in expectation. The
-gap bounds what is left of the bias of either, and so says how far an estimator can be trusted on data like the model's
-own. Real data may lie elsewhere, where an amortized guide was trained better, or worse.
+If (z*, x) ~ p(z) p(x|z) is simulated, z* is an exact draw from the posterior p(z|x). Without this draw, an estimator is
+a lower bound; with it, the estimator is an upper bound, so that in expectation
+
+    E log p̂_lower(x) ≤ E log p(x) ≤ E log p̂_upper(x).
+
+In expectation, the gap is at least as large as the bias of either side. It therefore shows how far the estimator can be
+trusted on data that the model generates. Real data may differ from these, and an amortized guide may be better or
+worse there.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ class Sandwich:
     """A lower and an upper bound of log p(x), in expectation, for N simulated data points.
 
     Attributes:
-        lower, upper: `Evidence` of the same data by the same method.
+        lower: `Evidence` of the data, a lower bound.
+        upper: `Evidence` of the same data by the same method, an upper bound.
     """
 
     lower: Evidence
@@ -36,12 +41,12 @@ class Sandwich:
 
     @property
     def gap(self) -> Tensor:
-        """upper − lower, (N,), nats; single ones may be negative."""
+        """upper − lower, (N,), nats. The gap of a single point may be negative."""
         return self.upper.log_evidence - self.lower.log_evidence
 
     @property
     def mean(self) -> tuple[float, float]:
-        """Mean gap over the finite points, and its standard error over these (NaN for one)."""
+        """Mean gap over the points where it is finite, and the standard error of this mean (NaN for one point)."""
         gap = self.gap[torch.isfinite(self.gap)]
         return gap.mean().item(), gap.std().item() / sqrt(len(gap)) if len(gap) > 1 else nan
 
@@ -75,16 +80,16 @@ def sandwich(
     Args:
         model: as in `simulate`.
         guide: its guide.
-        *args: what both are called with; how many data points are simulated, and with what context, is taken from here.
+        *args: what both are called with. They determine how many data points are simulated, and their context.
         estimator: `annealed_importance_sampling`, `adaptive_importance_sampling` or `importance_sampling`.
         plate: name of the plate of data points.
-        **options: for the estimator; tensors among them are arguments of model and guide.
+        **options: options of the estimator. Tensors among them are arguments of the model and guide.
 
     Returns:
         `Sandwich`.
 
     Raises:
-        ValueError: as `simulate` and the estimator.
+        ValueError: as in `simulate` and in the estimator.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -1,4 +1,9 @@
-"""Model comparison by held-out log p(x): which of several fits gives the data more probability, how surely."""
+r"""Model comparison by held-out log p(x): which fit gives the data more probability, and how certain that is.
+
+For two fits and the same N data points, the difference of the means and its two errors are
+
+    Δ = 1/N Σ_n d_n,   d_n = log p̂₁(x_n) − log p̂₂(x_n),    sd(d)/√N (points),    √(Σ_n se₁² + se₂²) / N (particles).
+"""
 
 from __future__ import annotations
 
@@ -16,16 +21,16 @@ __all__ = ["Comparison", "compare"]
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference in mean log p(x), one fit minus the other, nats per data point.
+    """The difference in mean log p(x) between two fits, nats per data point.
 
     Attributes:
-        mean: over the points where both are finite.
-        standard_error: of the mean, from the N points, as pairs: sd(difference)/√N.
-        monte_carlo_error: of the mean, from the particles: √(Σ se₁² + se₂²)/N, which is too small where points are
-            doubtful.
-        trusted_mean: over the points that are doubtful in neither; NaN if there is none.
-        num_points: N, those that are finite in both.
-        num_doubtful: how many of all points are doubtful in one or both.
+        mean: the mean difference over the points at which both fits are finite.
+        standard_error: standard error of the mean from the finite number of points, paired: sd(difference)/√N.
+        monte_carlo_error: standard error of the mean from the finite number of particles: √(Σ se₁² + se₂²)/N. It is too
+            small if points are doubtful.
+        trusted_mean: the mean difference over the points that are doubtful in neither fit; NaN if there are none.
+        num_points: N, the number of points at which both fits are finite.
+        num_doubtful: how many of all points are doubtful in at least one of the fits.
     """
 
     mean: float
@@ -37,7 +42,7 @@ class Difference:
 
     @property
     def total_error(self) -> float:
-        """Both errors, in quadrature."""
+        """Both errors, added in quadrature."""
         return hypot(self.standard_error, self.monte_carlo_error)
 
 
@@ -47,7 +52,7 @@ class Comparison:
 
     Attributes:
         evidence: {name: Evidence}.
-        differences: {name: Difference}, each from the best, which is left out.
+        differences: {name: Difference} of each fit from the best one; the best one itself is left out.
     """
 
     evidence: dict[str, Evidence]
@@ -82,20 +87,20 @@ class Comparison:
 def compare(evidence: Mapping[str, Evidence]) -> Comparison:
     """Compares fits by the mean of log p(x) over the same held-out data points.
 
-    Differences are paired, point by point: what makes some points harder than others for every model cancels. Two
-    errors belong to each, from the finite number of points and from the finite number of particles.
+    Differences are paired point by point, so that what makes a point hard for every model cancels. Each difference has
+    two errors: one from the finite number of points, and one from the finite number of particles.
 
     References:
         Vehtari & Lampinen (2002), Bayesian model assessment and comparison using cross-validation predictive densities.
 
     Args:
-        evidence: {name: Evidence}, of the same points in the same order, for two fits or more.
+        evidence: {name: Evidence} of two or more fits, for the same points in the same order.
 
     Returns:
         `Comparison`.
 
     Raises:
-        ValueError: fewer than two, or different numbers of points.
+        ValueError: there are fewer than two fits, or they have different numbers of points.
 
     Example:
         >>> import pyro, pyro.distributions as dist

@@ -1,21 +1,21 @@
-r"""Evidence: log p(x) of every data point, with an error bar and a verdict on it.
+r"""Evidence: log p(x) of every data point, with an error bar and a verdict on how far to trust it.
 
-With log-weights log w_k = log p(x, z_k) − log q(z_k|x), z_k ~ q(z|x), every estimator here is a log-mean-exp,
+With log-weights log w_k = log p(x, z_k) − log q(z_k|x), z_k ~ q(z|x), every estimator is a log-mean-exp,
 
-    log p̂(x) = log 1/K Σ_k w_k,   E log p̂(x) ≤ log p(x) = log E w,
+    log p̂(x) = L_K = log 1/K Σ_k w_k,   E log p̂(x) ≤ log p(x) = log E w.
 
-a lower bound in expectation that rises with K (Burda, Grosse & Salakhutdinov 2016, *Importance Weighted Autoencoders*,
-theorem 1); its bias is −Var(w) / (2 K p(x)²) + O(1/K²) (Nowozin 2018). What belongs to it:
+In expectation it is a lower bound that rises with K (Burda, Grosse & Salakhutdinov 2016, *Importance Weighted
+Autoencoders*, theorem 1). Its bias is −Var(w) / (2 K p(x)²) + O(1/K²) (Nowozin 2018). Each estimate comes with
 
-- effective sample size, ESS = (Σ w)² / Σ w², between 1 and K;
-- standard error of log p̂ by the delta method, √(1/ESS − 1/K): it needs weights of finite variance;
+- the effective sample size, ESS = (Σ w)² / Σ w², between 1 and K;
+- the standard error of log p̂ by the delta method, √(1/ESS − 1/K), which needs weights of finite variance;
 - Pareto k-hat, the shape of the weights' tail (`pyro_vae.evidence.pareto`);
-- corrections of the bias, on request: + ½ (1/ESS − 1/K) by the delta method; or the jackknife, K L_K − (K − 1) times
-  the mean of L_{K−1} over the K subsets of K − 1 weights, whose bias is O(1/K²) (Nowozin 2018, *Debiasing Evidence
-  Approximations*). Neither is a bound any more.
+- on request, a correction of the bias: the delta method adds ½ (1/ESS − 1/K); the jackknife gives K L_K − (K − 1) times
+  the mean of L_{K−1} over the K subsets of K − 1 weights, and its bias is O(1/K²) (Nowozin 2018, *Debiasing Evidence
+  Approximations*). A corrected estimate is no longer a bound.
 
-Weights stream through in chunks; sums are kept in float64 and of the weights only the largest, so that memory depends
-on neither K nor N.
+Weights stream through in chunks. Only sums, in float64, and the largest weights are kept, so that memory depends on
+neither K nor N.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Evidence:
 
     Attributes:
         log_evidence: estimate of log p(x), (N,), float64, nats.
-        standard_error: of `log_evidence`, (N,), nats, by the delta method; too small where k-hat is too large.
-        effective_sample_size: (Σw)²/Σw², (N,), of `num_particles`.
-        pareto_khat: tail shape of the weights, (N,); −inf where the largest weights are all equal (the exact
-            posterior), NaN where there are too few particles to tell (K < 21) or weights that are not finite.
+        standard_error: of `log_evidence`, by the delta method, (N,), nats; too small if k-hat is too large.
+        effective_sample_size: (Σw)²/Σw², (N,), from 1 to `num_particles`.
+        pareto_khat: tail shape of the weights, (N,); −inf if the largest weights are all equal (the exact posterior),
+            NaN if there are too few particles to tell (K < 21) or weights that are not finite.
         num_particles: K.
-        bound: what `log_evidence` is a bound of, and in which sense.
+        bound: whether `log_evidence` is a lower or an upper bound, and in which sense.
         method: name of the estimator.
-        num_zero: how many of the K weights are zero, (N,), int64: draws outside of the prior's support, or for which x
-            is impossible.
+        num_zero: how many of the K weights are zero, (N,), int64. A weight is zero if its draw lies outside the
+            prior's support, or if x is impossible given the draw.
     """
 
     log_evidence: Tensor
@@ -61,20 +61,20 @@ class Evidence:
 
     @property
     def threshold(self) -> float:
-        """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21, where there is none."""
+        """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21 (k-hat unknown)."""
         return min(1 - 1 / log10(self.num_particles), 0.7) if self.num_particles > 20 else nan
 
     @property
     def doubtful(self) -> Tensor:
-        """Which points not to trust, (N,), bool: k-hat above the threshold, unknown, or no finite estimate."""
+        """Which points not to trust, (N,), bool: k-hat is too large or unknown, or the estimate is not finite."""
         return ~(self.pareto_khat <= self.threshold) | ~torch.isfinite(self.log_evidence)
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Mean of log p(x) over the finite points, its standard error from the N points, and that from the particles.
+        """Mean of log p(x) over the finite points, and its standard errors from the points and from the particles.
 
-        The first error is the spread of the data, sd/√N (NaN for one point), the second √Σ se² / N, which is too small
-        where points are `doubtful`; they add in quadrature.
+        The first error, sd/√N, comes from the spread of the data; it is NaN for one point. The second, √Σ se² / N, is
+        too small if points are `doubtful`. The two add in quadrature.
         """
         x, se = self.log_evidence, self.standard_error
         finite = torch.isfinite(x)

@@ -1,4 +1,12 @@
-"""Summaries of log-weights that stream through in chunks: log-mean-exp, its error, effective sample size, k-hat."""
+r"""Summaries of log-weights that stream through in chunks: log-mean-exp, its error, effective sample size, k-hat.
+
+With Σ over K weights w of a data point,
+
+    L = log Σ w − log K,    ESS = (Σ w)² / Σ w²,    variance of L ≈ 1/ESS − 1/K.
+
+The largest weights are kept, because k-hat, smoothing and the jackknife need them one by one. Of the others only
+log Σ wᵖ is kept, for p = 1, 2, ….
+"""
 
 from __future__ import annotations
 
@@ -13,12 +21,12 @@ __all__ = ["LogWeightSummary", "pareto_khat"]
 
 
 class LogWeightSummary:
-    """Log-mean-exp, error, ESS and k-hat of K log-weights for each of n points, from chunks of them in any order.
+    """Log-mean-exp, error, ESS and k-hat of K log-weights for each of n points, which arrive in chunks in any order.
 
     Args:
-        num_particles: K in total, which decides how many of the largest weights are kept.
-        smooth: replace the tail of the weights by that of the fitted Pareto distribution.
-        correction: of the bias: None, "delta" or "jackknife".
+        num_particles: K in total. It determines how many of the largest weights are kept.
+        smooth: replace the largest weights by order statistics of the fitted Pareto distribution.
+        correction: how to correct the bias: None, "delta" or "jackknife".
 
     Attributes:
         num_zero: how many weights were zero so far, (n,), int64.
@@ -39,16 +47,16 @@ class LogWeightSummary:
         self.num_particles, self.smooth, self.correction = num_particles, smooth, correction
         self.count = 0
         self._tail_length = tail_length(num_particles)
-        # the tail and one more as its threshold; the jackknife sums a series in the others, each below 1/100 of all
+        # the tail, and one more as its threshold; at least 100, so that each of the others is below 1/100 of the sum
         self._kept = max(self._tail_length + 1, min(num_particles, 100))
         self._powers = 4 if correction == "jackknife" else 2
         self._top: Tensor | None = None
-        self._rest: Tensor | float = -float("inf")  # log Σ wᵖ of those that are not kept, for p = 1, 2, …
+        self._rest: Tensor | float = -float("inf")  # log Σ wᵖ of the weights that are not kept, p = 1, 2, …
         self._tolerance = 0.0
         self.num_zero = torch.zeros((), dtype=torch.long)
 
     def update(self, log_weight: Tensor) -> None:
-        """Takes a chunk (k, n) of log-weights."""
+        """Adds a chunk of log-weights, (k, n)."""
         self._tolerance = max(self._tolerance, sqrt(torch.finfo(log_weight.dtype).eps))
         self.num_zero = self.num_zero.to(log_weight.device) + log_weight.isneginf().sum(0)
         log_weight = log_weight.double()
@@ -61,7 +69,7 @@ class LogWeightSummary:
             self._rest = torch.logaddexp(torch.as_tensor(self._rest).to(sums), sums)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log evidence, its standard error, effective sample size and k-hat, each (n,), float64."""
+        """The log-evidence, its standard error, the effective sample size and k-hat, each (n,), float64."""
         k = self.num_particles
         if self.count != k:
             raise ValueError(f"expected {k} log-weights per point, got {self.count}.")
@@ -81,10 +89,10 @@ class LogWeightSummary:
         return value, variance.sqrt(), ess, khat
 
     def _jackknife(self, top: Tensor, rest: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Jackknife estimate and its variance, from log(1 − r_j), r_j the share of w_j in the sum of all weights.
+        """The jackknife estimate and its variance, from log(1 − r_j), where r_j = w_j / Σ w.
 
-        Leaving w_j out gives L_{K−1} = log Σ w + log(1 − r_j) − log(K − 1). Shares of weights that were not kept are
-        below 1/100: powers up to r⁴ are left of log(1 − r) and of its square, which errs by less than 1e-8.
+        Without w_j, L_{K−1} = log Σ w + log(1 − r_j) − log(K − 1). The shares of weights that were not kept are below
+        1/100. For these, log(1 − r) and its square are expanded up to r⁴, with an error below 1e-8.
         """
         k = self.num_particles
         left = torch.log1p(-(top - first).exp().clamp(max=1 - 1e-15))
@@ -102,7 +110,7 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
         log_weight: (K, N), nats, up to a constant per point.
 
     Returns:
-        (N,), float64. −inf where the largest weights are equal to rounding, NaN for K < 21 or weights that are NaN.
+        (N,), float64: −inf if the largest weights are equal up to rounding, NaN if K < 21 or if a weight is NaN.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto Smoothed Importance Sampling, JMLR 25(72).

@@ -1,8 +1,12 @@
 r"""The tail of importance weights: a generalized Pareto distribution fitted to the largest of them.
 
-Its shape k-hat says how far to trust a mean of the weights: below ½ their variance is finite; above
-min(1 − 1/log₁₀ K, 0.7) neither the mean nor its error is of use (Vehtari et al. 2024, *Pareto Smoothed Importance
-Sampling*, JMLR 25(72)). It is fitted as Zhang & Stephens (2009, Technometrics 51) do.
+The excess x of the largest weights over a threshold has approximately the density
+
+    p(x) = 1/σ (1 + k x/σ)^(−1 − 1/k).
+
+The fitted shape, k-hat, tells how far to trust a mean of the weights. Below ½, their variance is finite. Above
+min(1 − 1/log₁₀ K, 0.7), neither the mean nor its error bar is reliable (Vehtari et al. 2024, *Pareto Smoothed
+Importance Sampling*, JMLR 25(72)). The fit is that of Zhang & Stephens (2009, Technometrics 51).
 """
 
 from __future__ import annotations
@@ -16,22 +20,22 @@ __all__ = ["fit_tail", "tail_length"]
 
 
 def tail_length(num_particles: int) -> int:
-    """How many of K weights make their tail, min(K/5, 3√K)."""
+    """How many of K weights belong to the tail: min(K/5, 3√K), rounded up."""
     return ceil(min(0.2 * num_particles, 3 * sqrt(num_particles)))
 
 
 def fit_tail(top: Tensor, length: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Fits the `length` largest log-weights above the one that follows them.
+    """Fits a generalized Pareto distribution to the `length` largest log-weights; the next one is the threshold.
 
     Args:
-        top: (≥ length + 1, n), descending, up to a constant per column.
+        top: the largest log-weights, (at least length + 1, n), descending, up to a constant per column.
         length: M.
-        tolerance: differences of log-weights that are rounding.
+        tolerance: differences of log-weights up to this size count as rounding.
 
     Returns:
-        k-hat (n,): −inf where the largest weights are all equal, NaN where there are fewer than five or they are not
-        finite; and the M largest log-weights, descending, smoothed: replaced by the expected order statistics of the
-        fit, but none above the largest one (Vehtari et al. 2024, section 3).
+        k-hat, (n,): −inf if the largest weights are all equal, NaN if there are fewer than five or they are not finite;
+        and the M largest log-weights, descending and smoothed. Smoothing replaces them by the expected order
+        statistics of the fit, up to the largest weight (Vehtari et al. 2024, section 3).
     """
     khat, smoothed = torch.full_like(top[0], nan), top[:length].clone()
     if length < 5 or len(top) <= length:
@@ -53,10 +57,11 @@ def fit_tail(top: Tensor, length: int, tolerance: float) -> tuple[Tensor, Tensor
 
 
 def _generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape k and scale σ of generalized Pareto distributions fitted to x (M, n), ascending, ≥ 0.
+    """Shape k and scale σ of generalized Pareto distributions fitted to x, (M, n), ascending and not negative.
 
-    Zhang & Stephens (2009): a profile posterior over b = −k/σ on a grid set by the quartile; then the
-    weak prior of Vehtari et al. (2024, appendix G) that draws k to ½ with the weight of ten observations.
+    The estimate of b = −k/σ is the mean of its profile posterior on a grid, which the first quartile of x determines
+    (Zhang & Stephens 2009). The weak prior of Vehtari et al. (2024, appendix G) then draws k towards ½ with the weight
+    of ten observations.
     """
     x = x.clamp(min=torch.finfo(x.dtype).tiny)
     m = len(x)
