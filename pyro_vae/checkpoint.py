@@ -1,4 +1,4 @@
-"""Weights on disk, which are written and loaded completely or not at all."""
+"""Weights on disk. They are written and loaded completely or not at all."""
 
 from __future__ import annotations
 

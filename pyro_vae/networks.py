@@ -138,7 +138,7 @@ class ConvDecoder(nn.Module):
         layers: list[nn.Module] = []
         for i, (small, large) in enumerate(pairwise(sizes)):
             fan_in, fan_out = channels[i], channels[min(i + 1, len(channels) - 1)]
-            # (s - 1)·2 - 2 + 3 + extra = large: `extra` undoes the rounding of the halving
+            # (small - 1)·2 - 2 + 3 + extra = large: `extra` undoes the rounding of the halving
             extra = tuple(b - 2 * a + 1 for a, b in zip(small, large, strict=True))
             layers += [nn.ConvTranspose2d(fan_in, fan_out, 3, 2, 1, output_padding=extra), activation()]  # type: ignore[arg-type]
         self.convolutions = nn.Sequential(*layers)

@@ -8,5 +8,5 @@ __all__ = ["progress_bar"]
 
 
 def progress_bar(total: int | None, what: str, show: bool, *, unit: str = "", leave: bool = False) -> tqdm:
-    """A `tqdm` bar that is silent when standard error is not a terminal, or where it is not to `show`."""
+    """A `tqdm` progress bar. It is silent if `show` is false or if standard error is not a terminal."""
     return tqdm(total=total, desc=what, disable=None if show else True, unit=unit, unit_scale=True, leave=leave)

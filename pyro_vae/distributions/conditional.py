@@ -105,7 +105,7 @@ class Conditional(Broadcasting):
         return self.distribution(*(p.reshape(*batch, *s) for p, s in zip(parts, self._shapes, strict=True)))
 
     def keep(self, name: str, value: float | Tensor | nn.Module | None) -> None:
-        """Keeps a positive parameter that need not come from the network.
+        """Stores a positive parameter that need not come from the network.
 
         A number or tensor is fixed, and broadcasts to the event shape. A module is learned, and is called without
         arguments. None means that the parameter comes from the network.
@@ -118,7 +118,7 @@ class Conditional(Broadcasting):
             raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}.")
         shape, event = tuple(value.shape), self.event_shape
         pairs = zip(reversed(shape), reversed(event), strict=False)
-        if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more dimensions would pass for a batch
+        if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more would pass for a batch
             raise ValueError(
                 f"{type(self).__name__}: expected a {name} that broadcasts to the event shape {event}, got one of "
                 f"shape {shape}. Try a single number, or one of shape {event}."
@@ -126,7 +126,7 @@ class Conditional(Broadcasting):
         self.register_buffer(name, value)
 
     def kept(self, name: str, raw: Tensor | None, smallest: float = SMALLEST_SCALE) -> Tensor:
-        """The parameter that `keep` kept, or the network's where `keep` was given None."""
+        """The parameter that `keep` stored, or the one from the network if `keep` was given None."""
         value = getattr(self, name)
         if value is None:
             return positive(raw, smallest)

@@ -1,7 +1,9 @@
 r"""Conditional distributions with independent continuous elements, and the point mass.
 
-Scales and other positive parameters are softplus(·) + 1e-5 and start at one, so that they neither reach zero nor
-explode.
+    p(y|x) = Π_d p(y_d; θ_d(x))  with p Normal, Student's t, Beta or continuous Bernoulli;    or y = f(x).
+
+A positive parameter such as a scale is softplus(a + c) + 1e-5, where a is the raw parameter from the network. The
+constant c makes it one at a = 0, where it starts. It cannot reach zero, and grows at most linearly in a.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Conditional distributions of binary values, categories and counts."""
+r"""Conditional distributions with independent discrete elements: binary values, categories and counts.
+
+    p(y|x) = Π_d p(y_d; θ_d(x))  with p Bernoulli, categorical, Poisson or negative binomial.
+
+Binary values and categories have logits for parameters. Rates and other positive parameters are softplus(·) + 1e-5.
+"""
 
 from __future__ import annotations
 

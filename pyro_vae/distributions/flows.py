@@ -1,8 +1,8 @@
-r"""Flows: a flow is a chain of invertible transformations of a simpler distribution,
+r"""Flows: chains of invertible transformations of a simpler distribution.
 
     z₀ ~ q₀(z₀|x),   z = T_L(··· T_1(z₀; x) ···; x),   log q(z|x) = log q₀(z₀|x) − Σ_l log |det ∂T_l/∂z_{l−1}|.
 
-The Jacobians are triangular where the transformations are autoregressive (Rezende & Mohamed 2015, *Variational
+The Jacobians are triangular if the transformations are autoregressive (Rezende & Mohamed 2015, *Variational
 Inference with Normalizing Flows*; Kingma et al. 2016, *Improving Variational Inference with Inverse Autoregressive
 Flow*). The transformations come from Pyro, torch and Zuko; this file makes conditional distributions of them.
 """
@@ -67,7 +67,7 @@ class ConditionalFlow(Broadcasting):
             raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        for module in self.transforms_modules:  # hooks do not reach Pyro's, which are not called as modules
+        for module in self.transforms_modules:  # Pyro's are not called as modules, so that hooks do not reach them
             module.train(self.training)
         fixed = isinstance(self.base, torch.distributions.Distribution)
         base = condition(self.base, *(() if fixed else inputs), event_dims=event_dims, role="base of the flow")
@@ -100,7 +100,7 @@ class ConditionalFlow(Broadcasting):
 
 
 def _modules(transform: Any) -> list[nn.Module]:
-    """The modules that hold a transformation's weights. An inverse is no module, but what it inverts may be."""
+    """The modules that hold a transformation's weights. An inverse is not a module, but what it inverts may be one."""
     if isinstance(transform, nn.Module):
         return [transform]
     if isinstance(transform, ComposeTransform):
@@ -123,7 +123,7 @@ class _Flow(dist.TransformedDistribution):
         for transform in self.transforms:
             previous, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(previous, value)
-            elements = range(1 - transform.domain.event_dim)  # dimensions to sum over, if it acts elementwise
+            elements = range(1 - transform.domain.event_dim)  # dimensions to sum over, if it acts on single ones
             log_prob = log_prob - (jacobian.sum([-1 - i for i in elements]) if elements else jacobian)
         self._draw = value, log_prob, value._version
         return value

@@ -1,6 +1,6 @@
 r"""Likelihoods of data with missing values, also of tables with columns of several kinds.
 
-    p(x|z) = Π_parts p(x_part|z),        p(x_observed|z) = Π_{d observed} p(x_d|z).
+    p(x|z) = Π_d p(x_d|z),        p(x_observed|z) = Π_{d observed} p(x_d|z).
 
 Given z, the elements are independent, so that leaving out the factor of a missing element integrates it out (Mattei &
 Frellsen 2019, *MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets*; Nazábal et al. 2020, *Handling
@@ -133,11 +133,11 @@ def _elements(part: Any) -> Any:
 
 
 def _filled(value: Tensor, support: Any) -> Tensor:
-    """The value with its missing elements replaced by one in the support, not at its end if it is continuous."""
+    """The value with its missing elements replaced by a number in the support, in its interior if it is continuous."""
     fill = value.new_zeros(()) if support.is_discrete else biject_to(support)(value.new_zeros(()))
     return torch.where(value.isnan(), fill, value)
 
 
 def _log_prob(elements: Any, value: Tensor) -> Tensor:
-    """log p of each element, zero where it is missing. Because missing elements are filled, gradients stay finite."""
+    """log p of each element, zero if it is missing. Missing elements are filled first, to keep gradients finite."""
     return elements.log_prob(_filled(value, elements.support)).masked_fill(value.isnan(), 0.0)

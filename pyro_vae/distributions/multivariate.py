@@ -1,12 +1,15 @@
 r"""Conditional Gaussians with full and low-rank covariance.
 
-The full covariance is
+With full covariance, d the number of elements and a mask of ones below the diagonal,
 
-    z = μ + L ε,   L = diag(τ) (I + mask ∘ L' / √d),   Σ = L Lᵀ,
+    y = μ + L ε,   L = diag(τ) (I + mask ∘ L' / √d),   Σ = L Lᵀ.
 
 This is the L = mask ∘ L' + diag(τ) of Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section
 2.5, except that L' starts at zero and that its row i has the unit τ_i / √d. Entries of order one then give a triangle
 whose inverse is also of order one, in any dimension. With the unit τ_i, the inverse would grow exponentially with d.
+
+With low rank, Σ = F Fᵀ + diag(σ²), where F is d × rank. `pyro_vae.distributions.gaussians` has the distributions
+themselves.
 """
 
 from __future__ import annotations

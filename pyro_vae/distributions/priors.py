@@ -1,5 +1,7 @@
 r"""Priors p(z): the standard Normal, the Gaussian mixture, and the mixture of posteriors (VampPrior).
 
+    p(z) = N(z; 0, I),    p(z) = Σ_k π_k N(z; μ_k, diag σ_k²),    p(z) = 1/K Σ_k q(z|u_k).
+
 Any distribution, or any module that returns one when called, can also be a prior: a family without a network
 (`ConditionalNormal(None, 8)`), a flow (`ConditionalFlow(StandardNormal(8), …)`) or a flow of Zuko.
 """

@@ -1,4 +1,10 @@
-r"""Products of likelihoods, for tables with columns of several kinds: p(x|z) = Π_parts p(x_part|z)."""
+r"""Products of likelihoods, for tables with columns of several kinds.
+
+    p(x|z) = Π_parts p(x_part|z),   x = (x_1, …, x_parts) concatenated.
+
+Given z, the parts are independent; what they have in common goes through z. `pyro_vae.distributions.missing` leaves
+missing elements out of such a product.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-r"""What all conditional distributions have in common: they return a distribution when called.
+r"""What all conditional distributions have in common: they return a distribution when called, y ~ p(y|inputs).
 
-A model and its amortized posterior factorise one coupling in two ways, p(z) p(x|z) and q(z|x), so that the same classes
-serve as prior, likelihood and posterior. `condition` calls anything that returns a distribution.
+A VAE has two joint distributions of x and z, which training makes agree,
+
+    p(z) p(x|z)   and   p_data(x) q(z|x).
+
+Both are made of conditional distributions, so that the same classes serve as prior, likelihood and posterior.
+`condition` calls anything that returns a distribution, and `Broadcasting` tells batch from event dimensions.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
             flow.
         inputs: what to condition on.
         event_dims: number of event dimensions of each input, which are to the right of its batch dimensions.
-        role: its name in error messages.
+        role: what error messages call it.
 
     Returns:
         A Pyro distribution. A distribution of torch or Zuko is wrapped in one.
@@ -62,13 +66,19 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
 
 
 class Broadcasting(nn.Module, ABC):
-    """Abstract base class: a conditional distribution that is told which dimensions of its inputs are event dimensions.
-    It takes all dimensions to their left as batch dimensions, under any number of plates and particles."""
+    """Abstract base class of conditional distributions that tell batch from event dimensions of their inputs.
+
+    The caller says how many event dimensions an input has. All dimensions to the left of these are batch dimensions,
+    under any number of plates and particles.
+    """
 
     @abstractmethod
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        """The distribution of y given `inputs`, each (*batch, *event). `event_dims` counts the event dimensions of
-        each input (default: one). Batch shapes broadcast.
+        """The distribution of y given `inputs`, each (*batch, *event). Batch shapes broadcast.
+
+        Args:
+            *inputs: what to condition on.
+            event_dims: number of event dimensions of each input; default: one each.
         """
 
     @staticmethod
@@ -122,7 +132,7 @@ class Adapted(dist.TorchDistribution):
 
 
 def expected_value(distribution: Any) -> Tensor | None:
-    """E[y], or None if it is not known in closed form. Categories have no mean; theirs is the most probable one."""
+    """E[y], or None if it is not known in closed form. Categories have no mean; this gives the most probable one."""
     base = distribution
     while isinstance(base, Independent):
         base = base.base_dist

@@ -1,4 +1,4 @@
-r"""Distributions of single elements for which torch's own lose digits, or their tails.
+r"""Distributions of single elements that keep their digits, and their tails, where those of torch lose them.
 
 Each is the Pyro distribution of the same name, computed in another way. With large parameters, a difference of
 log-gammas loses its digits. Here it is replaced by its excess over its limit,
