@@ -56,12 +56,12 @@ class StopAfter(Messenger):
 
 
 class SetSubsample(Messenger):
-    """Sets the indices that plates draw, {plate: indices}."""
+    """Sets the indices that plates draw, {plate: indices}; those that a plate was given stay."""
 
     def __init__(self, indices: dict[str, Tensor]) -> None:
         super().__init__()
         self.indices = indices
 
     def _pyro_sample(self, msg: dict) -> None:
-        if msg["name"] in self.indices and site_is_subsample(msg):
+        if msg["name"] in self.indices and site_is_subsample(msg) and msg["value"] is None:
             msg["value"] = self.indices[msg["name"]].to(msg["fn"].device)

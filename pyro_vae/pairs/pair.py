@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro import poutine
 from torch import Tensor
 
@@ -127,25 +128,27 @@ class Pair:
     # -- the look -----------------------------------------------------------------------------------------------------
 
     def _find(self, cut: bool) -> tuple[Look, Rows]:
+        set_up = False
+
         def run(args: tuple, kwargs: Mapping[str, Any], **options: Any) -> Look:
+            nonlocal set_up
             found = look(self.model, self.guide, args, kwargs, **options)
-            self._set_up |= found.set_up
+            set_up |= found.set_up
             return found
 
-        self._set_up = False
         for _ in range(2):
             found = find_rows(run, self.args, self.kwargs, self.plate) if cut and self.plate is not None else None
-            if not self._set_up:
+            if not set_up:
                 break
             # as its first call sets it up; what is made for all rows may not be run on a few of them
             look(self.model, self.guide, self.args, self.kwargs, keep=True)
-            self._set_up = False
+            set_up = False
         if found is not None:
             first, keys = found
             length = next(len(a) for key, a in [*enumerate(self.args), *self.kwargs.items()] if key in keys)
             return first, Rows(self.args, self.kwargs, length, keys, None)
         whole = run(self.args, self.kwargs)
-        if self._set_up:
+        if set_up:
             whole = look(self.model, self.guide, self.args, self.kwargs, keep=True)
         return whole, self._all_rows(whole)
 
@@ -156,8 +159,25 @@ class Pair:
         frame = whole.frame(self.plate)
         if frame is None:
             return Rows(self.args, self.kwargs, 1, frozenset(), None)
-        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
-        lengths = {len(a) for a in tensors}
-        if frame.size < frame.full_size and not (frame.size in lengths and frame.full_size not in lengths):
+        if self.plate in whole.subsamples() and self._chooses_rows(whole):
             return Rows(self.args, self.kwargs, frame.full_size, frozenset(), frame.size)
         return Rows(self.args, self.kwargs, whole.size(self.plate) or 1, frozenset(), None)
+
+    def _chooses_rows(self, whole: Look) -> bool:
+        """Whether the indices that the data plate draws choose the rows of a pass: then other ones give other
+        log-probabilities to the same latents. A plate of a mini-batch may draw indices that nobody uses."""
+        frame = whole.frame(self.plate)
+        values = {n: s["value"] for trace in whole[:2] for n, s in self._latents(trace).items()}
+        ends = torch.arange(frame.size), torch.arange(frame.full_size - frame.size, frame.full_size)
+        looks = [
+            look(self.model, self.guide, self.args, self.kwargs, values=values, subsamples={self.plate: indices})
+            for indices in ends
+        ]
+        if not all(torch.equal(f.subsamples()[self.plate], i) for f, i in zip(looks, ends, strict=True)):
+            return False  # they are given, not drawn
+        first, last = (found.log_probs[1] for found in looks)
+        if any(not torch.equal(first[name], last[name]) for name in first.keys() & last.keys()):
+            return True
+        # nobody uses them, or the rows are all the same: what is as long as a pass is taken for its rows
+        tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
+        return frame.size not in {len(a) for a in tensors}

@@ -91,3 +91,56 @@ def test_small_data_pass_together():
     for n in (1, 2, 3, 4):
         assert not Pair(model, guide, (X[:n],)).rows.separable
     assert Pair(model, guide, (X[:5],)).rows.separable
+
+
+EXACT = dist.Normal(0.0, 2**0.5).log_prob(X)
+
+
+def plated(make_plate, rows_of):
+    def model(x, *others):
+        with make_plate(x, *others) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=rows_of(x, rows))
+
+    def guide(x, *others):
+        with make_plate(x, *others) as rows:
+            pyro.sample("z", dist.Normal(rows_of(x, rows) / 2, 0.5**0.5))
+
+    return model, guide
+
+
+def test_a_mini_batch_in_a_plate_of_all_data():
+    """The plate draws indices that nobody uses: the rows are those of the argument, whatever else is long."""
+    pair = plated(lambda x, *_: pyro.plate("data", 100, subsample_size=len(x)), lambda x, _: x)
+    for others in ((), (torch.zeros(100),), (torch.zeros(8),)):
+        evidence = importance_sampling(*pair, X, *others, num_particles=10, progress=False)
+        torch.testing.assert_close(evidence.log_evidence.float(), EXACT)
+
+
+def test_a_fixed_mini_batch_in_a_plate_of_all_data():
+    pair = plated(lambda x, *_: pyro.plate("data", 100, subsample_size=8), lambda x, _: x)
+    for others in ((), (torch.zeros(100),)):
+        evidence = importance_sampling(*pair, X, *others, num_particles=10, progress=False)
+        torch.testing.assert_close(evidence.log_evidence.float(), EXACT)
+
+
+def test_indices_that_the_user_gives():
+    indices = torch.arange(20, 28)
+    pair = plated(lambda x, *_: pyro.plate("data", 100, subsample=indices), lambda x, _: x)
+    for others in ((), (torch.zeros(100),)):
+        evidence = importance_sampling(*pair, X, *others, num_particles=10, progress=False)
+        torch.testing.assert_close(evidence.log_evidence.float(), EXACT)
+
+
+def test_indices_that_the_user_gives_into_all_data():
+    x, indices = torch.linspace(-2.0, 2.0, 100), torch.arange(20, 28)
+    pair = plated(lambda x, *_: pyro.plate("data", 100, subsample=indices), lambda x, rows: x[rows])
+    evidence = importance_sampling(*pair, x, num_particles=10, progress=False)
+    torch.testing.assert_close(evidence.log_evidence.float(), dist.Normal(0.0, 2**0.5).log_prob(x[indices]))
+
+
+def test_a_plate_that_takes_its_rows_from_all_data():
+    pair = plated(lambda x, *_: pyro.plate("data", 8, subsample_size=3), lambda x, rows: x[rows])
+    for others in ((), (torch.zeros(3),)):
+        evidence = importance_sampling(*pair, X, *others, num_particles=10, progress=False)
+        torch.testing.assert_close(evidence.log_evidence.float(), EXACT)
