@@ -1,13 +1,14 @@
 """An autoencoder is a VAE whose posterior is a point; the linear one spans the principal subspace.
 
-With q(z|x) a point mass at f(x), p(x|z) = N(g(z), I), and a flat prior, nothing is left of −ELBO but
+If q(z|x) is a point mass at f(x), p(x|z) = N(g(z), I), and the prior is flat, −ELBO reduces to
 
     −log p(x | f(x)) = ½ ‖x − g(f(x))‖² + (D/2) log 2π.
 
-If f and g are linear (affine), no choice of them has a smaller squared error than projection onto the first principal
-components, and every other stationary point is a saddle; the columns of g span the principal subspace, though they are
-not the principal axes. Hidden layers let the codes lie on a curved surface and the error drop below that of PCA. A
-code of more dimensions than the data could carry all of the data: what limits it then is only how long it is trained.
+If f and g are linear (affine), the smallest possible squared error is that of the projection onto the first principal
+components, and every other stationary point is a saddle. The columns of g then span the principal subspace, although
+they are not the principal axes. With hidden layers the codes can lie on a curved surface, and the error can drop below
+that of PCA. A code with more dimensions than the data could carry all of the data; only the length of training limits
+it.
 
     python examples/autoencoder.py
 
@@ -38,7 +39,7 @@ CODE = 4  # dimensions, of 64; the fourth and fifth principal variances are well
 
 
 def autoencoder(code: int, hidden: list[int], name: str) -> VAE:
-    """f and g with these hidden layers, a fixed scale of one, and no prior term."""
+    """An autoencoder with these hidden layers in f and g, a fixed scale of one, and no prior term."""
     return VAE(
         ImproperUniform(constraints.real_vector, (), (code,)),
         ConditionalNormal(MLP(code, hidden[::-1]), 64, scale=1.0),

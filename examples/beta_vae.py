@@ -1,4 +1,4 @@
-r"""The weight β of the KL term: a rate that is bought with distortion.
+r"""The weight β of the KL term: it trades rate for distortion.
 
     python examples/beta_vae.py
 
@@ -6,12 +6,12 @@ The objective of the β-VAE weights the two terms of the ELBO,
 
     L(β) = E_q log p(x|z) − β KL(q(z|x)‖p(z)).
 
-The KL term is the rate, the nats that the code spends on x; minus the first one is the distortion. β > 1 presses the
-posterior to the prior, latent dimensions go out of use, and images get blurred. A β that rises from zero to one, once
-or in cycles, is a warm-up against dimensions that collapse before the decoder has learned to use them. A capacity C
-replaces the KL term by |KL − C| and sets the rate itself. Whatever the training, models are compared on the same
-footing: rate, distortion and ELBO at β = 1, on test images. (The likelihood of grey pixels is a density, so a
-distortion may be negative.)
+The KL term is the rate, the nats that the code spends on x. The first term, with its sign changed, is the distortion. β
+> 1 pushes the posterior towards the prior: latent dimensions become unused, and images become blurred. A β that rises
+from zero to one, once or in cycles, is a warm-up; it keeps dimensions from collapsing before the decoder has learned to
+use them. A capacity C replaces the KL term by |KL − C|, which sets the rate itself. However they were trained, all
+models are compared by the same measures: rate, distortion and ELBO at β = 1, on test images. (The likelihood of grey
+pixels is a density, so a distortion can be negative.)
 
 Higgins et al. (2017), *beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework*;
 Burgess et al. (2018), *Understanding disentangling in β-VAE*;
@@ -54,7 +54,7 @@ def main() -> None:
     vaes, notes = {}, []
     for name, objective in objectives.items():
         vae = vaes[name] = build(name, options.seed)
-        with warnings.catch_warnings(record=True) as caught:  # of a fit that ends at β ≠ 1
+        with warnings.catch_warnings(record=True) as caught:  # the warning of a fit that ends at β ≠ 1
             warnings.simplefilter("always")
             fit(
                 vae.model,

@@ -1,10 +1,10 @@
-r"""A conditional VAE: digits of a given class c, with what differs within a class left to z.
+r"""A conditional VAE generates digits of a given class c; z only has to describe what differs within a class.
 
     p(x|c) = ∫ p(z) p(x|z, c) dz,      q(z|x, c),      log p(x|c) ≥ E_q log p(x|z, c) − KL(q(z|x, c)‖p(z)).
 
-The class, as a one-hot vector, is a further input of both networks. Since z is drawn from the same prior whatever the
-class, it need not say again what c says: the same z with another c is another digit in the same style. And log p(x|c)
-with each class in turn is a classifier by Bayes' rule, p(c|x) ∝ p(x|c) p(c).
+The class, as a one-hot vector, is a further input of both networks. The prior of z is the same for all classes, so that
+z need not repeat what c says: the same z with another c gives another digit in the same style. By Bayes' rule, p(c|x) ∝
+p(x|c) p(c), so that log p(x|c) of all classes makes a classifier.
 
     python examples/conditional_vae.py
 

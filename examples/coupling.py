@@ -1,12 +1,12 @@
-r"""A model and its posterior are two factorisations of one coupling, and training makes them agree.
+r"""A model and its posterior are two factorisations of one coupling of x and z, and training makes them agree.
 
     python examples/coupling.py
 
-The encoder with the data, and the decoder with the prior, are two joint distributions of x and z,
+The encoder with the data, and the decoder with the prior, each make a joint distribution of x and z,
 
     n_f(x, z) = p_data(x) q(z|x),        n_g(x, z) = p(z) p(x|z),
 
-and the loss of a VAE is their divergence, up to the entropy H of the data, which nothing learned changes:
+and the loss of a VAE is their divergence, up to the entropy H of the data, which training does not change:
 
     KL(n_f‖n_g) = E_{p_data}[−ELBO(x)] − H[p_data].
 
@@ -15,9 +15,9 @@ With q(z|x) = N(f(x), σ_f²), p(x|z) = N(g(z), σ_g²), p(z) = N(0, 1) and both
     E[−ELBO] = E[ |x − g(f(x) + σ_f ε)|² / 2σ_g² + f(x)² / 2 ] + const,    ε ~ N(0, 1),
     const = (σ_f² − 1 − log σ_f²) / 2 + log(2π σ_g²) / 2.
 
-Here f and g are linear and p_data is a Normal, so that both joints are Normal and the divergence has a closed form. At
-KL = 0 they are the same: the decoder generates p_data, and the encoder is its exact posterior, which for linear g and
-p_data of variance v needs σ_f² = σ_g² / v. Any other σ_f leaves a gap that no f and g close.
+Here f and g are linear and p_data is Normal, so that both joint distributions are Normal and the divergence has a
+closed form. At KL = 0 they are the same: the decoder generates p_data, and the encoder is its exact posterior. For
+linear g and p_data of variance v, this requires σ_f² = σ_g² / v. Any other σ_f leaves a gap that no f and g can close.
 
 Kingma & Welling (2019), *An Introduction to Variational Autoencoders*, section 2.7.
 """

@@ -1,13 +1,13 @@
 """A denoising autoencoder restores images that a plain one does not.
 
-The encoder sees a corrupted x̃ ~ C(x̃|x), the decoder has to give the clean x:
+The encoder sees a corrupted x̃ ~ C(x̃|x), and the decoder has to give the clean x:
 
     minimise E_{C(x̃|x)} ½ ‖x − g(f(x̃))‖².
 
-The best g ∘ f is then the mean E[x|x̃] of clean images given the corrupted one. A plain autoencoder has been asked for
-g(f(x)) = x only where there is data; with a code as wide as the image it learns to copy, corruption included. A VAE
-does not copy: its posterior is noise on the code, and denoises a little by itself. Both learn to restore if they are
-trained on what they will see. All models here have the same networks.
+The best g ∘ f is then E[x|x̃], the mean of the clean images given the corrupted one. A plain autoencoder only has to
+satisfy g(f(x)) = x on the data. If its code is as wide as the image, it learns to copy, and copies the corruption too.
+A VAE does not copy: its posterior adds noise to the code, so that it denoises a little by itself. Both learn to restore
+images if they are trained on corrupted ones. All models here have the same networks.
 
     python examples/denoising.py
 
@@ -42,14 +42,14 @@ CORRUPTIONS = {
 
 
 def autoencoder(name: str) -> VAE:
-    """A point as posterior, no prior term."""
+    """An autoencoder: the posterior is a point, and there is no prior term."""
     prior = ImproperUniform(constraints.real_vector, (), (CODE,))
     likelihood = ConditionalNormal(MLP(CODE, [128]), 64, scale=1.0)
     return VAE(prior, likelihood, ConditionalDelta(MLP(64, [128]), CODE), name=name)
 
 
 def variational(name: str) -> VAE:
-    """The same networks, with a diagonal normal posterior and a prior."""
+    """A VAE: the same networks, with a diagonal normal posterior and a prior."""
     likelihood = ConditionalNormal(MLP(CODE, [128]), 64, scale=0.1)
     return VAE(StandardNormal(CODE), likelihood, ConditionalNormal(MLP(64, [128]), CODE), name=name)
 
@@ -80,7 +80,7 @@ def main() -> None:
             "denoising AE": trained(autoencoder(f"ae_{label}"), loss),
             "denoising VAE": trained(variational(f"vae_{label}"), loss),
         }
-        pyro.set_rng_seed(options.seed)  # the corruption of the test images does not depend on how long training was
+        pyro.set_rng_seed(options.seed)  # the corruption of the test images must not depend on the length of training
         x = corrupt(test)
         images = {"corrupted": x} | {name: model.reconstruct(x, mean=True) for name, model in models.items()}
         print(f"{label:<22}" + "".join(f"{error(test, x):>15.4f}" for x in images.values()))

@@ -3,17 +3,17 @@
     python examples/fashion_mnist.py                                                # minutes, on two CPU cores
     python examples/fashion_mnist.py --num-epochs 1 --limit 20 --num-particles 200  # a quick look
 
-Both have the model z ~ N(0, I), x ~ Bernoulli(decoder(z)) of binary images and a posterior q(z|x) = N(μ(x), Σ(x)), Σ(x)
-diagonal for one and full for the other. On test images, with weights w = p(x, z) / q(z|x) of draws z ~ q(z|x),
+Both have the model z ~ N(0, I), x ~ Bernoulli(decoder(z)) of binary images, and a posterior q(z|x) = N(μ(x), Σ(x)).
+Σ(x) is diagonal for one and full for the other. On test images, with weights w = p(x, z) / q(z|x) of draws z ~ q(z|x),
 
     ELBO = E log w  ≤  log p(x) = log E w  ≈  log 1/K Σ w_k   (importance sampling with K particles);
 
-effective sample size and Pareto k-hat of the weights say how far to trust the last. Figures (PNG), the weights of both
-models and posterior draws for some test images (netCDF, for ArviZ) go to the folder --output.
+The effective sample size and Pareto k-hat of the weights show how far to trust the last value. Figures (PNG), the
+weights of both models, and posterior draws for some test images (netCDF, for ArviZ) go to the folder --output.
 
-Fashion-MNIST is read from where Debian's package dataset-fashion-mnist puts it, or from --data. Pixels are binarised at
-x/255 >= 0.5 as in Cremer, Li & Duvenaud (2018), *Inference Suboptimality in Variational
-Autoencoders*. Without it, the 8×8 digits of scikit-learn stand in.
+Fashion-MNIST is read from the place where Debian's package dataset-fashion-mnist puts it, or from --data. Without it,
+the 8×8 digits of scikit-learn are used. Pixels are binarised at x/255 >= 0.5, as in Cremer, Li & Duvenaud (2018),
+*Inference Suboptimality in Variational Autoencoders*.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 class Run(NamedTuple):
-    """A VAE, its training, and of each evaluated image the ELBO, (N,), and evidence."""
+    """A VAE, its training, and the ELBO, (N,), and evidence of each evaluated image."""
 
     vae: VAE
     training: FitResult
@@ -73,7 +73,7 @@ class Run(NamedTuple):
 
 
 def build_vae(name: str, family: type, image_shape: tuple[int, ...], latent_size: int) -> VAE:
-    """Three conditional distributions make a VAE; what differs is the family of the posterior."""
+    """Makes a VAE of three conditional distributions. The two runs differ in the family of the posterior."""
     return VAE(
         StandardNormal(latent_size),
         ConditionalBernoulli(MLP(latent_size, [200, 200]), image_shape),
@@ -112,7 +112,7 @@ def estimate_elbo(vae: VAE, x: Tensor, num_particles: int = 100) -> Tensor:
 
 
 def print_table(data_name: str, runs: dict[str, Run]) -> None:
-    """The result, one row for each posterior, and what its error bars mean."""
+    """Prints the results, one row for each posterior, and what their error bars mean."""
     diagonal, full = (run.evidence for run in runs.values())
     n = len(full.log_evidence)
     print(f"\n{data_name}, the first {n} test images, nats per image\n")
@@ -122,9 +122,9 @@ def print_table(data_name: str, runs: dict[str, Run]) -> None:
     )
     for name, run in runs.items():
         log_p = "{:.2f} ± {:.2f} ± {:.2f}".format(*run.evidence.mean)
-        ess, doubtful = run.evidence.effective_sample_size, run.evidence.doubtful  # k-hat too large, or unknown
+        ess, doubtful = run.evidence.effective_sample_size, run.evidence.doubtful  # its k-hat is too large or unknown
         print(f"{name:<10}{run.elbo.mean():>11.2f}{log_p:>33}{ess.nanmedian():>21.1f}{doubtful.double().mean():>15.1%}")
-    gain = full.log_evidence - diagonal.log_evidence  # within an image: what makes it a hard one cancels
+    gain = full.log_evidence - diagonal.log_evidence  # paired by image: what makes an image hard cancels
     error = (gain.var(correction=0) / (n - 1)).sqrt()
     print(
         f"\nfull − diagonal, image by image: {gain.mean():+.2f} ± {error:.2f} (images)\n"
@@ -135,7 +135,7 @@ def print_table(data_name: str, runs: dict[str, Run]) -> None:
 
 
 def draw_figures(data: Data, test: Tensor, runs: dict[str, Run], folder: Path) -> None:
-    """What to look at first, one PNG each."""
+    """Draws the figures to look at first, one PNG each."""
     matplotlib.use("Agg")  # files only, no display
     plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.bbox": "tight", "savefig.dpi": 150})
 
@@ -172,7 +172,7 @@ def draw_figures(data: Data, test: Tensor, runs: dict[str, Run], folder: Path) -
             points, labels = to_plane(run.vae.encode(test).mean)
             plot_embedding(points, data.classes, class_names=data.class_names, ax=ax)
             ax.set(title=name, xlabel=labels[0], ylabel=labels[1])
-        axes[0].get_legend().remove()  # the other one serves both
+        axes[0].get_legend().remove()  # the other legend serves both
 
     with figure("khat", "Pareto k-hat of the importance weights: lower is better", 2, 12, 4.5, sharey=True) as axes:
         for ax, (name, run) in zip(axes, runs.items(), strict=True):
@@ -181,7 +181,7 @@ def draw_figures(data: Data, test: Tensor, runs: dict[str, Run], folder: Path) -
 
 
 def plot_traversal(vae: VAE, test: Tensor, ax: plt.Axes) -> None:
-    """Moves the dimensions of largest mean KL, one at a time, away from the encoding of the first test image."""
+    """Moves the dimensions with the largest mean KL, one at a time, away from the code of the first test image."""
     q_z = vae.encode(test)
     kl = 0.5 * (q_z.mean**2 + q_z.variance - 1 - q_z.variance.log()).mean(0)  # of each dimension's marginal to N(0, 1)
     dimensions = kl.argsort(descending=True)[:6].tolist()

@@ -1,17 +1,20 @@
-"""The published VAE on Fashion-MNIST, run as published: log p(x) of the 10 000 test images with 5000 particles.
+"""A published VAE on Fashion-MNIST, trained by the published recipe: log p(x) of the 10 000 test images.
 
     python examples/fashion_mnist_benchmark.py --prior normal        # hours on a CPU: 2000 epochs at most
     python examples/fashion_mnist_benchmark.py --prior vamp
     python examples/fashion_mnist_benchmark.py --num-epochs 200      # stop earlier, and say so
 
-Published, in nats (Norouzi, Fleet & Norouzi 2020, *Exemplar VAE*): −228.70 ± 0.15 with the prior N(0, I), −227.35 ±
-0.05 with the VampPrior of Tomczak & Welling (2018). The recipe is theirs: 784-300-300-40 with gated layers, pixels as
-probabilities, drawn anew for every batch, validation and test images drawn once (with NumPy's seed 777, which gives the
-published test set), KL warm-up over 100 epochs, at most 2000 epochs, stopped after 50 without a better validation ELBO,
-Adam on normalised gradients.
+The published values, in nats and with 5000 particles (Norouzi, Fleet & Norouzi 2020, *Exemplar VAE*), are −228.70 ±
+0.15 with the prior N(0, I) and −227.35 ± 0.05 with the VampPrior of Tomczak & Welling (2018). Their recipe:
 
-The run is written to a checkpoint in --output as it goes. Interrupt it, and the same command goes on where it was;
-raise --num-epochs, and it goes on from its end.
+- 784-300-300-40 with gated layers;
+- pixels are probabilities; training images are drawn anew for every batch, validation and test images once (with
+  NumPy's seed 777, which gives the published test set);
+- KL warm-up over 100 epochs; at most 2000 epochs; training stops after 50 epochs without a better validation ELBO;
+- Adam on normalised gradients.
+
+The run writes a checkpoint to --output as it goes. If it is interrupted, the same command resumes it; with a larger
+--num-epochs, a finished run goes on from its end.
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class Likelihood(ConditionalBernoulli):
 
 
 class AdamNormGrad(torch.optim.Adam):
-    """Adam on gradients that are divided by their norms, each parameter's by its own."""
+    """Adam on normalised gradients: the gradient of each parameter is divided by its norm."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -77,7 +80,7 @@ class AdamNormGrad(torch.optim.Adam):
 
 
 class Binarised(Dataset):
-    """Pixels as probabilities: a fresh draw whenever a batch is taken."""
+    """Pixels as probabilities; each batch is a fresh draw."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -104,7 +107,7 @@ def build_vae(prior: str, shape: tuple[int, ...], num_pseudo_inputs: int) -> VAE
 
 
 def load(folder: Path) -> tuple[str, Tensor, Tensor, Tensor]:
-    """Name, training images as probabilities, validation and test images as binary, all as the recipe has them."""
+    """The name, the training images as probabilities, and the binary validation and test images of the recipe."""
     if folder == DEBIAN_FOLDER and not folder.is_dir():
         print(f"No {folder} (apt-get install dataset-fashion-mnist): using the 8×8 digits of scikit-learn instead.")
         images, held_out = load_digits(), 150
@@ -122,7 +125,7 @@ def train(vae: VAE, x: Tensor, validation: Tensor, options: argparse.Namespace) 
     steps = -(-len(x) // 100)
     loader = DataLoader(Binarised(x), batch_size=100, shuffle=True, collate_fn=lambda rows: rows)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fit ended at beta")  # a run that is stopped in its warm-up
+        warnings.filterwarnings("ignore", "fit ended at beta")  # of a run that is stopped in its warm-up
         return fit(
             vae.model,
             vae.guide,

@@ -6,14 +6,15 @@ The model has two latents and one observation, x = 1:
 
     z ~ N(0, I),    x | z ~ N(z₂ + 2 − z₁², 0.3²),
 
-so that p(z|x) lies along the parabola z₂ = z₁² − 1. For every family of q,
+so that p(z|x) lies along the parabola z₂ = z₁² − 1. For every q,
 
     log p(x) − ELBO(q) = KL(q(z)‖p(z|x)),
 
-and since z has two dimensions, log p(x) is known by quadrature: the gap measures the family. A Gaussian follows a part
-of the parabola at best. A flow bends Gaussian noise into shape, z = T(ε), and its density follows from the Jacobian of
-T. An autoregressive T is fast in one direction: as it stands, from ε to z (inverse autoregressive flow, what a
-posterior is drawn with), or inverted (masked autoregressive flow).
+Because z has only two dimensions, log p(x) is known by quadrature, and the gap shows how well a family fits. A Gaussian
+can at best follow a part of the parabola. A flow bends Gaussian noise into shape, z = T(ε), and its density follows
+from the Jacobian of T. An autoregressive T is fast in one direction only: from ε to z (inverse autoregressive flow,
+which is fast to draw from) or, if T is inverted, from z to ε (masked autoregressive flow, which is fast to score any z
+with).
 
 Kingma et al. (2016), *Improving Variational Inference with Inverse Autoregressive Flow*;
 Rezende & Mohamed (2015), *Variational Inference with Normalizing Flows*.
@@ -51,7 +52,7 @@ def likelihood(z: Tensor) -> Any:
 
 
 def flow(make: Callable[[], Any]) -> ConditionalFlow:
-    """Three transformations of Gaussian noise; between them the coordinates change places."""
+    """Three transformations of Gaussian noise; the coordinates swap places between them."""
     swap = permute(2, torch.tensor([1, 0]))
     return ConditionalFlow(StandardNormal(2), [make(), swap, make(), swap, make()])
 
@@ -86,7 +87,7 @@ def main() -> None:
             scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_steps),
             loss=Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1),
             seed=options.seed,
-            compile=name == "inverse autoregressive",  # the other flows choose by the values they see
+            compile=name == "inverse autoregressive",  # the others decide by values, so that they have no graph
         )
         with torch.no_grad():
             particles = draw_particles(vae.model, vae.guide, X, num_particles=num_draws)

@@ -6,12 +6,12 @@ Points on a helix with noise that grows along it,
 
     z ~ N(0, 1),    x | z ~ N(m(z), σ(z)² I),    m(z) = (2 z, cos 2z, sin 2z),    σ(z) = 0.05 + 0.25 Φ(z),
 
-are fitted with the σ of the decoder fixed, shared but learned, or given by the network as σ(z). Of these only the last
-contains the truth.
+are fitted by decoders with a fixed σ, a learned σ that is shared by all z, and a σ(z) from the network. Only the last
+of these contains the truth.
 
-A learned σ invites trouble: where the decoder hits data exactly, log p(x|z) = −½ ((x − μ)/σ)² − log σ + const grows
-without bound as σ → 0. A feature that is constant, or rounded so that it takes one value, is enough. `fit` warns of a
-collapsed scale; a floor below it, at the precision of the data, prevents it.
+A learned σ has a danger. If the decoder hits the data exactly, log p(x|z) = −½ ((x − μ)/σ)² − log σ + const grows
+without bound as σ → 0. A feature that is constant, or rounded to a single value, is enough. `fit` warns of a collapsed
+scale. A lower bound on the scale, at the precision of the data, prevents the collapse.
 
 Rybkin, Daniilidis & Levine (2021), *Simple and Effective VAE Training with Calibrated Decoders*.
 """
@@ -64,7 +64,7 @@ def main() -> None:
     print(f"{'σ of the decoder':<18}{'test log p(x) ± particles':>27}{'truth − model':>15}{'σ at the data':>15}")
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
     z = torch.linspace(-2, 2, 200)
-    position = true_mean(z)  # on the curve; the model may count z the other way round, so compare σ there
+    position = true_mean(z)  # on the curve: σ is compared by position, because a model may have −z for z
     for name, how in decoders.items():
         vae = build(name, x.shape[1], options.seed, **how)
         fit(
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def print_collapse(x: Tensor, num_steps: int, seed: int) -> None:
-    """The same data with a fourth feature that is constant, and a linear decoder, which can hit that one exactly."""
+    """Fits the same data with a fourth, constant feature, which a linear decoder can hit exactly."""
     x = torch.cat([x[:600], torch.ones(600, 1)], 1)
     print("\nwith a fourth feature that is constant, and one learned σ for each feature:")
     for smallest in (1e-5, PRECISION):

@@ -1,18 +1,18 @@
-r"""New data, reconstructions and similar data, and what distribution they have.
+r"""New data, reconstructions and similar data, and their distributions.
 
     python examples/generate.py
 
     generate       z ~ p(z),      x ~ p(x|z)          reconstruct    z ~ q(z|x),     x' ~ p(x'|z)
     similar        z_1, … ~ q(z|x), x'_s ~ p(x'|z_s), several for each x
 
-With `mean=True` the last step gives E[x|z] instead of a draw, which looks better and varies less. For the linear VAE
-with p(x|z) = N(W z + m, s² I) all moments are known, with C = (Wᵀ W / s² + I)⁻¹:
+With `mean=True`, the last step gives E[x|z] instead of a draw, which looks better and varies less. For the linear VAE
+with p(x|z) = N(W z + m, s² I), all moments are known. With C = (Wᵀ W / s² + I)⁻¹,
 
     generate: Cov(x) = W Wᵀ + s² I,  with mean=True W Wᵀ,        similar: Cov(x'|x) = W C Wᵀ + s² I,
 
-the last one for the exact posterior, under which reconstructions of draws from the model are again draws from the
-model: z | x has the marginal p(z). (What is learned is near it, and so are the moments.) Digits have no known moments;
-a picture shows them.
+The last equation is for the exact posterior. Under it, z | x has the marginal p(z), so that reconstructions of draws
+from the model are again draws from the model. (The learned posterior is close to the exact one, and so are the
+moments.) The moments of digits are not known; a picture shows them.
 
 Kingma & Welling (2014), *Auto-Encoding Variational Bayes*.
 """
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def compare_moments(seed: int, num_epochs: int, size: int) -> None:
-    """Draws of a linear VAE against its exact moments."""
+    """Compares draws of a linear VAE with its exact moments."""
     x = torch.randn(2000, 2) @ torch.randn(2, 4) + 0.7 * torch.randn(2000, 4) + 1.0
     pyro.set_rng_seed(seed)
     vae = VAE(
@@ -107,7 +107,7 @@ def compare_moments(seed: int, num_epochs: int, size: int) -> None:
 
 @torch.no_grad()
 def compare(name: str, draws: Tensor, mean: Tensor, covariance: Tensor, num_data: int | None = None) -> None:
-    """Standard errors are those of Normal draws; where the moments are of data, these have theirs too."""
+    """Standard errors are those of Normal draws. Moments of data have their own standard errors too."""
     per_draw = 1 / len(draws) + (0 if num_data is None else 1 / num_data)
     variance = covariance.diagonal()
     gaps = (draws.mean(0) - mean).abs(), (draws.T.cov() - covariance).abs()

@@ -2,14 +2,14 @@ r"""A hierarchical VAE: two levels of latent variables, as a plain Pyro pair.
 
     p(x, z₁, z₂) = p(z₂) p(z₁|z₂) p(x|z₁),      q(z₁, z₂|x) = q(z₂|x) q(z₁|x, z₂).
 
-A guide and a model with the data in a plate is all that `fit` and `importance_sampling` ask for, so that a second level
-is two more `pyro.sample` statements. Where all is linear and Gaussian, z₁|z₂ ~ N(A z₂ + a, s²I) and x|z₁ ~
-N(B z₁ + b, σ²I), the evidence is known,
+`fit` and `importance_sampling` ask only for a model and a guide with the data in a plate, so that a second level is two
+more `pyro.sample` statements. If everything is linear and Gaussian, z₁|z₂ ~ N(A z₂ + a, s²I) and x|z₁ ~ N(B z₁ + b,
+σ²I), the evidence is known,
 
     x ~ N(B a + b, B (A Aᵀ + s²I) Bᵀ + σ²I).
 
-On digits the second level makes p(z₁) = ∫ p(z₂) p(z₁|z₂) dz₂ a mixture of infinitely many Gaussians, where one level
-has the standard normal.
+On digits, the second level makes p(z₁) = ∫ p(z₂) p(z₁|z₂) dz₂ a mixture of infinitely many Gaussians; with one level,
+p(z₁) is the standard normal.
 
     python examples/hierarchical.py
 
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def linear_gaussian(options: argparse.Namespace) -> None:
-    """Evidence by importance sampling against its closed form, for the weights that were learned."""
+    """Compares the evidence by importance sampling with its closed form, for the learned weights."""
     x = torch.randn(500, 2) @ torch.randn(2, 6) + 0.7 * torch.randn(500, 6)
     middle, likelihood = ConditionalNormal(MLP(2, []), 3, scale=0.5), ConditionalNormal(MLP(3, []), 6, scale=0.7)
     # linear encoders with a full covariance: the exact posterior is among them

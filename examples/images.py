@@ -1,6 +1,6 @@
-"""The images that the examples take: Fashion-MNIST where it is installed, and the 8×8 digits that scikit-learn ships.
+"""The images of the examples: Fashion-MNIST if it is installed, and the 8×8 digits that come with scikit-learn.
 
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017) is read from where Debian's package dataset-fashion-mnist puts it, or from
+Fashion-MNIST (Xiao, Rasul & Vollgraf 2017) is read from the folder of Debian's package dataset-fashion-mnist, or from
 another folder with its four gzipped files.
 """
 
@@ -42,7 +42,7 @@ def load_fashion_mnist(folder: Path = DEBIAN_FOLDER) -> Images:
     """60 000 training and 10 000 test images of 28 × 28 pixels.
 
     Raises:
-        ValueError: files that are missing or cannot be read.
+        ValueError: a file is missing or cannot be read.
     """
     parts = [f"{part}-{what}-ubyte.gz" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")]
     missing = [name for name in parts if not (folder / name).is_file()]

@@ -4,10 +4,10 @@ KL(p‖q) = E_p[log p − log q] of two normal distributions N(μ₁, Σ₁) and
 
     ½ [log(|Σ₂| / |Σ₁|) − d + tr(Σ₂⁻¹ Σ₁) + (μ₂ − μ₁)ᵀ Σ₂⁻¹ (μ₂ − μ₁)],
 
-zero if and only if they are equal, and not symmetric. Let q be a normal distribution and p a mixture of two, of two
-dimensions. Minimising KL(q‖p) is what an ELBO does: q avoids places where p is small, and settles on one mode; at best
-it holds all of it, and the divergence is then about −log of the mode's weight. Minimising KL(p‖q) is maximum
-likelihood on draws of p: q takes mean and covariance of p, exactly, and lies where p has next to nothing.
+It is zero if and only if the two are equal, and it is not symmetric. Let q be a normal distribution in two dimensions,
+and p a mixture of two. An ELBO minimises KL(q‖p): q avoids places where p is small, and settles on one mode. At best, q
+covers this mode completely, and the divergence is then about −log of the mode's weight. Maximum likelihood on draws
+from p minimises KL(p‖q): q takes exactly the mean and covariance of p, and lies where p has almost no mass.
 
     python examples/kl_directions.py
 
@@ -51,7 +51,7 @@ def monte_carlo(p: dist.TorchDistribution, q: dist.TorchDistribution, draws: int
 
 
 def fit_reverse(p: dist.TorchDistribution, start: Tensor, steps: int, seed: int) -> dist.MultivariateNormal:
-    """min KL(q‖p): −ELBO of a model without data, whose only site is z ~ p."""
+    """Minimises KL(q‖p), which is −ELBO of a model without data, whose only site is z ~ p."""
     q = ConditionalMultivariateNormal(None, 2)
     with torch.no_grad():
         q.free[:2] = start  # the first parameters are the mean
@@ -64,7 +64,7 @@ def fit_reverse(p: dist.TorchDistribution, start: Tensor, steps: int, seed: int)
         with pyro.plate("data", len(rows)):
             pyro.sample("z", q())
 
-    rows = torch.zeros(256, 1)  # what stands in them plays no role: each row is a draw of z
+    rows = torch.zeros(256, 1)  # their values play no role: each row is a draw of z
     fit(model, guide, rows, num_epochs=steps, batch_size=256, learning_rate=0.03, loss=Trace_ELBO(), seed=seed)
     with torch.no_grad():
         return dist.MultivariateNormal(q().mean.detach(), q().covariance_matrix.detach())

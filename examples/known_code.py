@@ -1,12 +1,15 @@
-"""A latent variable with ten values: a VAE that sums its code out, and EM, fit the same mixture.
+"""A latent variable with ten values: a VAE that sums out its code fits the same mixture as EM.
 
 With a one-hot code z of ten categories and a linear decoder, the VAE is the mixture of Bernoulli distributions
 
     p(x) = Σ_k π_k Π_d θ_kd^x_d (1 − θ_kd)^(1 − x_d).
 
-The code is finite: ELBO and log p(x) are sums, without draws. EM maximises the same likelihood with q(z|x) = p(z|x),
-which a linear encoder can hold exactly: log q(k|x) = Σ_d x_d log(θ_kd / (1 − θ_kd)) + const_k. Both end in local
-optima, and are started from several random places.
+The code has finitely many values, so that the ELBO and log p(x) are sums, without draws. EM maximises the same
+likelihood with q(z|x) = p(z|x). A linear encoder can represent this posterior exactly,
+
+    log q(k|x) = Σ_d x_d log(θ_kd / (1 − θ_kd)) + const_k.
+
+Both methods end in local optima, and are therefore started from several random places.
 
     python examples/known_code.py
 
@@ -41,7 +44,7 @@ def joint(x: np.ndarray, weights: np.ndarray, theta: np.ndarray) -> np.ndarray:
 
 
 def em(x: np.ndarray, steps: int, weights: np.ndarray, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """π and θ after so many steps of expectation maximisation."""
+    """π and θ after this many steps of expectation maximisation."""
     for _ in range(steps):
         log_joint = joint(x, weights, theta)
         r = np.exp(log_joint - logsumexp(log_joint, axis=1, keepdims=True))  # p(z=k|x)
@@ -51,7 +54,7 @@ def em(x: np.ndarray, steps: int, weights: np.ndarray, theta: np.ndarray) -> tup
 
 
 def mixture(x: Tensor, name: str) -> VAE:
-    """The same mixture as a VAE; its components, which must not start alike, start near ten of the images."""
+    """The same mixture as a VAE. Its components must not start alike, so they start near ten of the images."""
     likelihood = ConditionalBernoulli(MLP(K, []), (8, 8))
     with torch.no_grad():
         likelihood.head.weight.copy_(2 * x[torch.randperm(len(x))[:K]].flatten(1).T - 1)
@@ -63,7 +66,7 @@ def mixture(x: Tensor, name: str) -> VAE:
 
 
 def exact(vae: VAE, x: Tensor) -> Tensor:
-    """log p(x), the ten values of z summed out by hand, (N,)."""
+    """log p(x), with the ten values of z summed out by hand, (N,)."""
     log_prior = vae.prior().probs.log().detach()
     return torch.logsumexp(log_prior + vae.decode(torch.eye(K)).log_prob(x[:, None]), 1)
 

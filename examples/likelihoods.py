@@ -1,6 +1,6 @@
-r"""The likelihood belongs to the data: held-out log p(x) of a VAE with the right one and with a wrong one.
+r"""Choose the likelihood for the data: held-out log p(x) of a VAE with the right one and with a wrong one.
 
-log p(x) of the same held-out data compares likelihoods, as long as each is a density (or a probability) over the same
+Likelihoods can be compared by log p(x) of the same held-out data if each is a density (or a probability) over the same
 values. Every data set is simulated from a known model with one latent variable, z ~ N(0, 1) and η = w z + b:
 
     outliers    x = η + 0.3 t, Student-t noise with 3 degrees of freedom
@@ -8,10 +8,10 @@ values. Every data set is simulated from a known model with one latent variable,
     fractions   x ~ Beta(8 p, 8 (1 − p)), p = sigmoid(η)
     grey        x ~ ContinuousBernoulli(logits 3 η), from 0 to 1
 
-The truth is log p(x) under the simulating model itself, by quadrature over z. What a VAE falls short of it, on average
-over rows of that model, is the divergence KL(p_true‖p_VAE). Binary cross-entropy of grey values, x log p +
-(1 − x) log(1 − p), is no log-density: exp of it integrates over [0, 1] to less than one, by a factor that depends on p.
-Its "log p(x)" stands in no relation to the truth.
+The truth is log p(x) under the simulating model itself, by quadrature over z. On average over rows of that model, a VAE
+falls short of the truth by KL(p_true‖p_VAE). Binary cross-entropy of grey values, x log p + (1 − x) log(1 − p), is not
+a log-density: its exponential integrates over [0, 1] to less than one, by a factor that depends on p. Its "log p(x)"
+cannot be compared with the truth.
 
     python examples/likelihoods.py
 
@@ -34,11 +34,11 @@ from pyro_vae import distributions as families
 from pyro_vae.distributions import LearnedScale
 from pyro_vae.networks import MLP
 
-D = 6  # columns of every data set
+D = 6  # number of columns of every data set
 
 
 class UncheckedBernoulli(dist.Bernoulli):
-    """The Bernoulli's formula for values from 0 to 1, over which it is no density."""
+    """The formula of the Bernoulli for values from 0 to 1, over which it is not a density."""
 
     support = dist.constraints.unit_interval
 
@@ -48,7 +48,7 @@ class CrossEntropy(families.ConditionalBernoulli):
         return UncheckedBernoulli(logits=logits, validate_args=False).to_event(1)
 
 
-# the true p(x|η), and what makes the likelihoods to compare from a network, the right one first
+# the true p(x|η), and functions that make the likelihoods from a network, the right one first
 PROBLEMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "outliers": (
         lambda eta: dist.StudentT(3.0, eta, 0.3),
@@ -93,7 +93,7 @@ def main() -> None:
     for data, (simulator, candidates) in PROBLEMS.items():
         x = simulator(torch.randn(num_rows + 500, 1) @ weight + bias).sample()
         if data == "fractions":
-            x = x.clamp(1e-6, 1 - 1e-6)  # rounded to 0 or 1 they were outside the support
+            x = x.clamp(1e-6, 1 - 1e-6)  # values that were rounded to 0 or 1 lie outside the support
         train, test = x[:num_rows], x[num_rows:]
         exact = (simulator(grid[:, None] @ weight + bias).log_prob(test).sum(-1) + log_prior).logsumexp(0)
         print(f"{data:<10} {'truth':<27}{exact.mean():9.3f}")

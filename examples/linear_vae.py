@@ -2,15 +2,15 @@ r"""The linear variational autoencoder is probabilistic principal component anal
 
     python examples/linear_vae.py
 
-With z ~ N(0, I) and x|z ~ N(W z + m, s² I) everything is known in closed form,
+With z ~ N(0, I) and x|z ~ N(W z + m, s² I), everything has a closed form,
 
     p(x) = N(m, W Wᵀ + s² I),    p(z|x) = N(C Wᵀ (x − m) / s², C),    C = (Wᵀ W / s² + I)⁻¹,
 
-and at the maximum of the likelihood the columns of W span the leading principal components. The mean of p(z|x) is
-linear in x and its covariance the same for all x, so a linear encoder with a full covariance contains it: the largest
-ELBO is the largest log-likelihood, which scikit-learn's `PCA.score` gives. A diagonal posterior gets there too, but has
-to choose: a rotation of W leaves p(x) as it is, and the diagonal posterior is exact only where the columns of W are
-orthogonal, that is, where the latents are the principal components themselves.
+At the maximum of the likelihood, the columns of W span the leading principal components. The mean of p(z|x) is linear
+in x, and its covariance is the same for all x, so that a linear encoder with a full covariance contains it. The largest
+ELBO is therefore the largest log-likelihood, which scikit-learn's `PCA.score` gives. A diagonal posterior reaches it
+too, but only for certain W. A rotation of W leaves p(x) unchanged; a diagonal posterior is exact only if the
+columns of W are orthogonal, that is, if the latents are the principal components themselves.
 
 Tipping & Bishop (1999), *Probabilistic Principal Component Analysis*; Lucas et al. (2019), *Don't Blame the ELBO!*
 """
@@ -84,16 +84,16 @@ def main() -> None:
 
 @torch.no_grad()
 def exact(vae: VAE, x: Tensor) -> tuple[MultivariateNormal, MultivariateNormal, float]:
-    """p(x) and p(z|x) of the decoder as it was learned, and the cosine of the angle between W's columns."""
+    """p(x) and p(z|x) of the learned decoder, and the cosine of the angle between the columns of W."""
     w, m, s = vae.likelihood.head.weight, vae.likelihood.head.bias, vae.likelihood.scale()
     p_x = MultivariateNormal(m, w @ w.T + s**2 * torch.eye(len(m)))
     c = torch.linalg.inv(w.T @ w / s**2 + torch.eye(D))
-    c = (c + c.T) / 2  # symmetric but for rounding
+    c = (c + c.T) / 2  # it was symmetric only up to rounding
     return p_x, MultivariateNormal((x - m) @ w @ c / s**2, c), torch.cosine_similarity(w[:, 0], w[:, 1], dim=0).item()
 
 
 def outline(mean: Tensor, covariance: Tensor) -> Tensor:
-    """The ellipse two standard deviations from the mean, (2, points)."""
+    """The ellipse at two standard deviations from the mean, (2, points)."""
     angle = torch.linspace(0, 2 * torch.pi, 100)
     return mean[:, None] + 2 * torch.linalg.cholesky(covariance) @ torch.stack([angle.cos(), angle.sin()])
 

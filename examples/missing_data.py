@@ -1,13 +1,13 @@
-r"""Missing data: a VAE that is trained on incomplete digits and fills the holes with draws.
+r"""Missing data: a VAE is trained on incomplete digits, and fills the holes with draws.
 
-Where pixels are missing at random, the marginal of what is observed is all that the likelihood needs,
+If pixels are missing at random, the likelihood is the marginal of the observed pixels:
 
-    p(x_obs) = ∫ p(z) Π_{i observed} p(x_i|z) dz,      x_mis ~ p(x_mis|x_obs) = ∫ p(x_mis|z) p(z|x_obs) dz:
+    p(x_obs) = ∫ p(z) Π_{i observed} p(x_i|z) dz,      x_mis ~ p(x_mis|x_obs) = ∫ p(x_mis|z) p(z|x_obs) dz.
 
-`ObservedPart` leaves missing elements (NaN) out of the product, `MaskedInput` tells the encoder which they are, and
-`impute` draws them. For a linear Gaussian model p(x_obs) is a Gaussian with rows and columns left out of its
-covariance, against which the evidence is checked first. The epochs of training are those with the highest ELBO on 200
-incomplete training images set aside: no missing value and no test image has a say in it.
+`ObservedPart` leaves missing elements (NaN) out of the product, `MaskedInput` tells the encoder which ones are missing,
+and `impute` draws them. First, the evidence is checked on a linear Gaussian model. There p(x_obs) is a Gaussian; rows
+and columns are left out of its covariance. The number of epochs is the one with the highest ELBO on 200 incomplete
+training images that are set aside, so that no missing value and no test image influences it.
 
     python examples/missing_data.py
 
@@ -68,7 +68,7 @@ def main() -> None:
     for name, values in imputed.items():
         squared = torch.where(missing, (values - test) ** 2, 0.0).sum(1)
         mse = squared.sum() / missing.sum()
-        # of a ratio of sums, by the delta method, and then of its square root
+        # standard error of a ratio of sums, by the delta method, and then of its square root
         error = (squared - mse * missing.sum(1)).std() * len(test) ** 0.5 / missing.sum() / (2 * mse.sqrt())
         print(f"  {name:28} {mse.sqrt():.4f} ± {error:.4f}")
     spread = draws.var(0)[missing].mean().sqrt()
@@ -82,12 +82,12 @@ def main() -> None:
 
 
 def make_holes(x: Tensor, probability: float) -> Tensor:
-    """x with each element missing (NaN) with this probability, whatever its value."""
+    """x, where each element is missing (NaN) with this probability, whatever its value."""
     return x.masked_fill(torch.rand_like(x) < probability, torch.nan)
 
 
 def linear_gaussian(options: argparse.Namespace) -> None:
-    """Evidence of incomplete rows against its closed form."""
+    """Compares the evidence of incomplete rows with its closed form."""
     z = torch.randn(500, 2)
     x = make_holes(z @ torch.randn(2, 6) + 0.5 * torch.randn(500, 6), 0.4)
     decoder = ConditionalNormal(MLP(2, []), 6, scale=0.5)
@@ -102,7 +102,7 @@ def linear_gaussian(options: argparse.Namespace) -> None:
     exact = torch.zeros(len(x))
     for n, row in enumerate(x):
         i = (~row.isnan()).nonzero().flatten()
-        if len(i):  # of a row without any observed element log p = 0
+        if len(i):  # log p = 0 for a row without any observed element
             exact[n] = MultivariateNormal(bias[i], covariance[i][:, i]).log_prob(row[i])
     error = (evidence.log_evidence - exact) / evidence.standard_error.clamp(min=1e-6)
     print("linear Gaussian model, 40% missing: log p(x_obs), nats per row")
@@ -112,10 +112,10 @@ def linear_gaussian(options: argparse.Namespace) -> None:
 
 
 def chained_regressions(train: Tensor, holes: Tensor) -> Tensor:
-    """Each pixel regressed on all others, in turn: scikit-learn's IterativeImputer, learned from the same rows."""
+    """Regresses each pixel in turn on all others: scikit-learn's IterativeImputer, fitted to the same rows."""
     imputer = IterativeImputer(max_iter=3, min_value=0.0, max_value=1.0, keep_empty_features=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # three rounds are not convergence
+        warnings.simplefilter("ignore")  # three rounds do not converge
         return torch.from_numpy(imputer.fit(train.numpy()).transform(holes.numpy()).astype(np.float32))
 
 

@@ -1,14 +1,14 @@
 r"""A table with columns of several kinds: one latent variable, and a product of likelihoods.
 
-Given z the columns are independent, each from the family that suits it,
+Given z, the columns are independent, and each has the family that suits it,
 
     p(x) = ∫ p(z) Π_columns p(x_column|z) dz,
 
-and what they have in common goes through z. The table is simulated from a known two-dimensional z: three measurements
-(Normal), two yes-or-no answers (Bernoulli), a choice among three (Categorical) and two counts (Poisson). Compared are
-the VAE, columns fitted independently of each other, and the truth: log p(x) of the simulating model, by quadrature over
-z. Columns on their own can have the right means and shares; only through z do they know of each other, as the
-correlations of generated rows show.
+All dependence between columns goes through z. The table is simulated from a known model with a two-dimensional z. It
+has three measurements (Normal), two yes-or-no answers (Bernoulli), a choice among three (Categorical) and two counts
+(Poisson). The script compares the VAE, columns that are fitted independently of each other, and the truth: log p(x) of
+the simulating model, by quadrature over z. Independent columns can have the right means and shares. Only z makes them
+depend on each other, as the correlations of generated rows show.
 
     python examples/mixed_table.py
 
@@ -43,7 +43,7 @@ LABELS = ["Normal", "Normal", "Normal", "Bernoulli", "Bernoulli", "Poisson", "Po
 
 
 def likelihoods(network: MLP | None) -> ConditionalProduct:
-    """The kinds of columns; they share one network, with a head each, or have free parameters where there is none."""
+    """The families of the columns. They share one network, with a head each; without it, their parameters are free."""
     return ConditionalProduct(
         ConditionalNormal(network, 3, scale=LearnedScale((3,))),
         ConditionalBernoulli(network, 2),
@@ -53,7 +53,7 @@ def likelihoods(network: MLP | None) -> ConditionalProduct:
 
 
 def truth(eta: Tensor) -> list[Any]:
-    """The simulating model: all parameters are functions of η = z W + b, (…, 10)."""
+    """The simulating model. All its parameters are functions of η = z W + b, (…, 10)."""
     return [
         dist.Normal(eta[..., :3], 0.5).to_event(1),
         dist.Bernoulli(logits=2 * eta[..., 3:5]).to_event(1),

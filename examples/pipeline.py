@@ -1,13 +1,13 @@
 """A VAE as one step of a scikit-learn pipeline: codes for a classifier, compared with PCA's.
 
-`VAETransformer` reduces x to z = E_q[z|x], learned without classes. Within a pipeline it is fitted anew on the training
-part of each fold, so that cross-validation is honest, and its arguments can be searched like any other. Its model is
+`VAETransformer` reduces x to z = E_q[z|x], and learns this without classes. A pipeline fits it anew on the training
+part of each fold, so that cross-validation is honest. Its arguments can be searched like any others. Its model is
 
     z ~ N(0, I),   x ~ N(g(z), σ² I),
 
-with a multilayer perceptron g; a linear g would be probabilistic PCA, whose codes are those of PCA up to a linear map.
-The classifier is logistic regression, which has to find the classes linearly separable: what the two reductions differ
-in is then how far the codes lay the classes apart. The raw pixels show what the reduction to few dimensions costs.
+with a multilayer perceptron g. A linear g would be probabilistic PCA, whose codes are those of PCA up to a linear map.
+The classifier is logistic regression, which can separate classes only linearly. The comparison therefore shows how well
+the codes of each reduction separate the classes. The raw pixels show what the reduction to few dimensions costs.
 
     python examples/pipeline.py
 
@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 from pyro_vae.integrations.sklearn import VAETransformer
 
-SIZES = (2, 10)  # components
+SIZES = (2, 10)  # numbers of components
 
 
 def classifier(*reduction: BaseEstimator) -> BaseEstimator:
@@ -61,7 +61,7 @@ def main() -> None:
     for (name, size), (scores, test) in results.items():
         spread = f"{scores.min():.4f} – {scores.max():.4f}"
         print(f"{name:<8} {size:>10} {scores.mean():>16.4f} {spread:>18} {test:>8.4f}")
-    most = np.bincount(y).argmax()  # without looking at x, the best guess
+    most = np.bincount(y).argmax()  # the best guess without looking at x
     guess = np.mean(y == most), np.mean(y_test == most)
     print(f"{'none':<8} {0:>10} {guess[0]:>16.4f} {'':>18} {guess[1]:>8.4f}")
 

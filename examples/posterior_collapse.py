@@ -1,18 +1,18 @@
-r"""Posterior collapse: latent dimensions that a VAE gives up, and what a warm-up of the KL term changes.
+r"""Posterior collapse: latent dimensions that a VAE stops using, and the effect of a warm-up of the KL term.
 
-A dimension is collapsed where q(z_d|x) is the prior for every x: it costs no nats and says nothing. The two symptoms
-are
+A dimension has collapsed if q(z_d|x) is the prior for every x. It then costs no nats, and carries no information. The
+two symptoms are
 
     KL_d = mean_n KL(q(z_d|x_n)‖p(z_d)) ≈ 0,      A_d = Var_n(E_q[z_d|x_n]) ≈ 0,
 
-and a dimension counts as active where A_d > 0.01 (Burda, Grosse & Salakhutdinov 2016). The count says nothing about how
-much each of them carries, so that KL_d belongs beside it: a dimension just above the threshold may hold a hundredth of
-a nat.
+A dimension counts as active if A_d > 0.01 (Burda, Grosse & Salakhutdinov 2016). The number of active dimensions does
+not show how much each of them carries, so look at KL_d as well: a dimension just above the threshold may carry a
+hundredth of a nat.
 
-That a VAE does not use all dimensions it has is no fault as such: a nat of KL has to buy at least a nat of
-reconstruction. A fault is a dimension given up early, while the decoder could not yet use it. The usual remedy is to
-weight the KL term by β, from zero to one over the first steps; log p(x), which knows nothing of β, tells whether
-it helped. (One training run each: another seed gives other numbers.)
+It is not a fault as such if a VAE leaves some of its dimensions unused: a nat of KL must gain at least a nat of
+reconstruction. It is a fault if a dimension is given up early, before the decoder can use it. The usual remedy is to
+weight the KL term by a β that rises from zero to one over the first steps. log p(x), which does not depend on β, shows
+whether it helped. (This is one training run each: another seed gives other numbers.)
 
     python examples/posterior_collapse.py
 

@@ -1,16 +1,16 @@
-r"""Why log p(x) is not estimated with draws from the prior: the error against the dimension of z.
+r"""Why not to estimate log p(x) with draws from the prior: how the error grows with the dimension of z.
 
-Both estimators average K likelihoods over draws; they differ in where the draws come from:
+Both estimators average over K draws. They differ in where the draws come from:
 
     prior sampling        p(x) ≈ 1/K Σ_k p(x|z_k),                     z_k ~ p(z)
     importance sampling   p(x) ≈ 1/K Σ_k p(x|z_k) p(z_k) / q(z_k|x),   z_k ~ q(z|x)
 
-Both are unbiased for p(x). Their relative variance is χ²/K, with the chi-square divergence of the posterior from the
-proposal; over d independent dimensions it is multiplied, 1 + χ² = (1 + χ₁²)^d, and the effective sample size tends to
-K / (1 + χ²). The χ₁² of the prior is large, so that a handful of dimensions is the end of it; that of a guide is small
-even when the guide is only roughly right. The model here is z ~ N(0, I_d), x|z ~ N(W z, σ² I) with orthogonal W and
-σ = 0.3, for which log p(x) is known: x ~ N(0, W Wᵀ + σ² I). The guide is the exact posterior with its mean moved by 0.3
-standard deviations and its standard deviation multiplied by 1.2.
+Both are unbiased for p(x). Their relative variance is χ²/K, where χ² is the chi-square divergence of the posterior from
+the proposal. Over d independent dimensions, 1 + χ² = (1 + χ₁²)^d, and the effective sample size tends to K / (1 + χ²).
+The χ₁² of the prior is large, so that it fails after a handful of dimensions. The χ₁² of a guide is small even if the
+guide is only roughly right. The model here is z ~ N(0, I_d), x|z ~ N(W z, σ² I) with orthogonal W and σ = 0.3, for
+which log p(x) is known: x ~ N(0, W Wᵀ + σ² I). The guide is the exact posterior, with its mean shifted by 0.3 standard
+deviations and its standard deviation multiplied by 1.2.
 
     python examples/prior_sampling.py
 
@@ -100,7 +100,7 @@ def draw_figure(
         left.fill_between(DIMENSIONS, *quantiles.T.numpy(), color=line.get_color(), alpha=0.15, linewidth=0)
         right.plot(DIMENSIONS, sizes[name], marker=marker, label=labels[name])
     left.set(ylabel="|error of log p(x)| (nats)", title="mean error, and 10 % to 90 % of the data points")
-    # 1 + χ₁² of the guide, that is of one dimension, in units of the posterior's standard deviation
+    # 1 + χ₁² of the guide, for one dimension, in units of the posterior's standard deviation
     growth = STRETCH**2 / (2 * STRETCH**2 - 1) ** 0.5 * math.exp(SHIFT**2 / (2 * STRETCH**2 - 1))
     limit = [num_particles / growth**d for d in DIMENSIONS]
     right.plot(DIMENSIONS, limit, "k--", linewidth=1)

@@ -4,13 +4,15 @@ The KL term of the ELBO, averaged over the data, splits into two (Hoffman & John
 
     1/N Σ_n KL(q(z|x_n) ‖ p(z)) = I_q(n; z) + KL(q(z) ‖ p(z)),     q(z) = 1/N Σ_n q(z|x_n),
 
-and only the second depends on the prior: it vanishes where p(z) is the aggregated posterior q(z). A standard Normal
-makes the encoder fill a disc; a prior that is learned can go where the codes are. Both terms are estimated from draws
-of the trained encoder, over the training images. Compared are N(0, I), a mixture of Normals, a mixture of posteriors
-q(z|u_k) at learned pseudo-inputs u_k (VampPrior), and a flow of splines, with the same encoder and decoder, on binary
-8 × 8 digits with a latent plane. In so small an example a learned prior need not win: the decoder can warp the plane to
-fit N(0, I) as well, and 1300 images are few to learn a prior from. The picture shows what differs: where the codes lie,
-and how closely the prior follows them.
+and only the second depends on the prior. It vanishes if p(z) is the aggregated posterior q(z). A standard Normal makes
+the encoder fill a disc; a learned prior can go where the codes are. Both terms are estimated over the training images,
+from draws of the trained encoder.
+
+The script compares N(0, I), a mixture of Normals, a mixture of posteriors q(z|u_k) at learned pseudo-inputs u_k
+(VampPrior), and a flow of splines. All have the same encoder and decoder, on binary 8 × 8 digits with a two-dimensional
+z. In such a small example a learned prior need not win: the decoder can also warp the plane to fit N(0, I), and 1300
+images are few to learn a prior from. The picture shows the difference: where the codes lie, and how closely the prior
+follows them.
 
     python examples/priors.py
 
@@ -83,7 +85,7 @@ def main() -> None:
 
 @torch.no_grad()
 def surgery(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """log q(z|x_n) / q(z) and log q(z) / p(z) for a draw of z from each q(z|x_n): means I_q and KL(q(z)‖p(z))."""
+    """log q(z|x_n) / q(z) and log q(z) / p(z) at a draw from each q(z|x_n). Their means are I_q and KL(q(z)‖p(z))."""
     q = vae.encode(x)
     z = q.sample()
     aggregated = q.log_prob(z[:, None]).logsumexp(1) - math.log(len(x))
@@ -91,7 +93,7 @@ def surgery(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_figure(vaes: dict[str, VAE], test: Tensor, classes: Tensor, options: Namespace) -> None:
-    """Density of the prior as shades, and a draw of z ~ q(z|x) for each test image, in the colour of its class."""
+    """Draws the density of the prior as shades, and z ~ q(z|x) of each test image in the colour of its class."""
     figure, axes = plt.subplots(1, len(vaes), figsize=(14, 3.9))
     for ax, (name, vae) in zip(axes, vaes.items(), strict=True):
         z = vae.encode(test).sample()

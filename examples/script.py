@@ -1,4 +1,4 @@
-"""What the example scripts share: their options, and where their pictures go."""
+"""What the example scripts share: their options, and the place for their pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.bbox": "tig
 
 
 def parse_options(doc: str) -> argparse.Namespace:
-    """--output, --seed and --quick; sets the seed."""
+    """Reads --output, --seed and --quick, and sets the seed."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("examples_output"), help="folder (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same results")
@@ -27,7 +27,7 @@ def parse_options(doc: str) -> argparse.Namespace:
 
 
 def save(figure: plt.Figure, options: argparse.Namespace, name: str) -> None:
-    """Writes a picture, and says where it is."""
+    """Writes a picture, and prints its path."""
     path = options.output / f"{name}.png"
     figure.savefig(path)
     plt.close(figure)

@@ -1,16 +1,16 @@
-r"""Semi-supervised learning: digits of which few have a label, by a model of images and labels.
+r"""Semi-supervised learning: a model of images and labels, where few of the digits have a label.
 
     p(x, y) = p(y) ∫ p(z) p(x|y, z) dz,      q(y, z|x) = q(y|x) q(z|x, y).
 
-Where the label is missing, the guide's classifier q(y|x) proposes it, and its ten values are summed out; where it is
-known, q is a point mass at it. The ELBO of labelled data has then no term in the classifier, so that one is added:
+If the label is missing, the guide's classifier q(y|x) proposes it, and its ten values are summed out. If the label is
+known, q is a point mass at it. The ELBO of labelled data then has no term with the classifier, so that one is added:
 
     J = Σ_unlabelled ELBO(x) + Σ_labelled [ELBO(x, y) + α log q(y|x)].
 
-All of it is one plain Pyro pair, made of conditional distributions of this package. The images without labels tell
-what digits look like; the labels have to name the groups, no more. This pair is for training: with the term of the
-classifier it is no joint density, and estimators of log p(x, y) want a model that observes the labels it is given
-(`obs=`, `obs_mask=`).
+All of this is one plain Pyro pair, made of conditional distributions of this package. The images without labels show
+what digits look like, and the labels only have to name the groups. This pair is for training. With the term of the
+classifier it is not a joint density; to estimate log p(x, y), use a model that observes the labels it is given (`obs=`,
+`obs_mask=`).
 
     python examples/semi_supervised.py
 
@@ -41,7 +41,7 @@ ALPHA = 15.0  # one image in fifteen has a label
 
 
 class SemiSupervised(nn.Module):
-    """A Pyro pair for images x (N, 64), one-hot labels y (N, 10), and whether they are known (N,)."""
+    """A Pyro pair for images x (N, 64), one-hot labels y (N, 10), and whether each label is known (N,)."""
 
     def __init__(self, latent: int = 5) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class SemiSupervised(nn.Module):
             label = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(10)))
             z = pyro.sample("z", self.prior())
             pyro.sample("x", self.likelihood(z, label), obs=x)
-            with poutine.scale(scale=ALPHA), poutine.mask(mask=known):  # no part of p(x, y): the classification term
+            with poutine.scale(scale=ALPHA), poutine.mask(mask=known):  # the classification term, not part of p(x, y)
                 pyro.sample("classified", self.classifier(x), obs=y)
 
     def guide(self, x: Tensor, y: Tensor, known: Tensor) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     digits = load_digits()
     x, test = ((x.flatten(1) > 0.5).float() for x in (digits.train, digits.test))
     classes, test_classes = digits.train_classes, digits.test_classes
-    # ten labels of each class; where a label is not known, y holds a one-hot vector that says nothing, that of class 0
+    # ten labels of each class; if a label is not known, y holds a placeholder, the one-hot vector of class 0
     chosen = torch.cat([(classes == c).nonzero().flatten()[: LABELS // 10] for c in range(10)])
     known = torch.zeros(len(x), dtype=torch.bool)
     known[chosen] = True
@@ -94,7 +94,7 @@ def main() -> None:
     for name, share in shares.items():
         print(f"  {name:<50}{share:.1%} ± {(share * (1 - share) / len(test)) ** 0.5:.1%}")
 
-    # analogies: the style z of a test image, found without its label, and all ten classes in that style
+    # analogies: the style z of a test image, inferred without its label, and all ten classes in that style
     rows = test[10:18]
     with torch.no_grad():
         z = pair.posterior(rows, one_hot(predicted[10:18], 10).float()).mean

@@ -4,11 +4,11 @@ Each layer is a shallow autoencoder of the codes of the layer before: with h₀ 
 
     ½ ‖h_{l−1} − g_l(h_l)‖²,   h_l = f_l(h_{l−1}).
 
-Stacked, they are one deep autoencoder with encoder f₃ ∘ f₂ ∘ f₁ and decoder g₁ ∘ g₂ ∘ g₃, which gradient descent on
-½ ‖x − g₁(g₂(g₃(h₃)))‖² then tunes. Greedy training is blind to what the data makes of a small error in a code;
-fine-tuning is not. The same network trained from random weights with the epochs of fine-tuning alone, and with as many
-epochs as all four trainings together, shows what the greedy start is worth: with today's optimisers, its epochs and
-no more.
+Stacked, they are one deep autoencoder with encoder f₃ ∘ f₂ ∘ f₁ and decoder g₁ ∘ g₂ ∘ g₃. Gradient descent on ½ ‖x −
+g₁(g₂(g₃(h₃)))‖² then fine-tunes it. Greedy training does not see how an error in a code affects the reconstruction;
+fine-tuning does. For comparison, the same network is trained from random weights, once with the epochs of fine-tuning
+alone, and once with as many epochs as all four trainings together. With today's optimisers, the greedy start is worth
+its epochs and no more.
 
     python examples/stacked_autoencoder.py
 
@@ -38,7 +38,7 @@ HIDDEN = 64  # units between a code and the next
 
 
 def new_layers(seed: int, name: str) -> list[VAE]:
-    """Three autoencoders, of the same weights for the same seed."""
+    """Three autoencoders; the same seed gives the same weights."""
     pyro.set_rng_seed(seed)
     return [
         VAE(
