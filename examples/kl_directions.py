@@ -2,7 +2,7 @@
 
 KL(p‖q) = E_p[log p − log q] of two normal distributions N(μ₁, Σ₁) and N(μ₂, Σ₂) in d dimensions is
 
-    ½ [log(|Σ₂| / |Σ₁|) − d + tr(Σ₂⁻¹ Σ₁) + (μ₂ − μ₁)ᵀ Σ₂⁻¹ (μ₂ − μ₁)],
+    ½ [log(|Σ₂| / |Σ₁|) − d + tr(Σ₂⁻¹ Σ₁) + (μ₂ − μ₁)ᵀ Σ₂⁻¹ (μ₂ − μ₁)].
 
 It is zero if and only if the two are equal, and it is not symmetric. Let q be a normal distribution in two dimensions,
 and p a mixture of two. An ELBO minimises KL(q‖p): q avoids places where p is small, and settles on one mode. At best, q
