@@ -2,8 +2,7 @@
 
 Each network maps rows of inputs to rows of features. Its attribute `out_features` gives their size, an int for a
 vector or a shape (channels, height, width) for a feature map. The head of a conditional distribution
-(`pyro_vae.distributions`) reads it. Nothing here is special: any `nn.Module` can serve as a network. These are the
-ones that nearly everybody writes.
+(`pyro_vae.distributions`) reads it. Any `nn.Module` can serve as a network; these are common ones.
 """
 
 from __future__ import annotations

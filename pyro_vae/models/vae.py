@@ -24,7 +24,7 @@ from pyro_vae.pairs.modes import evaluation_mode
 
 __all__ = ["VAE"]
 
-ROWS_AT_ONCE = 4096  # in one pass of generate, reconstruct and similar
+ROWS_AT_ONCE = 4096  # rows in one pass of generate, reconstruct and similar
 
 
 class VAE(nn.Module):
