@@ -7,7 +7,7 @@ therefore gets the next free one of name, name_2, name_3, ….
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, count
 from typing import Any
 
@@ -33,7 +33,7 @@ def condition_registered(
         event_dims: see `condition`.
     """
     part = parts[role]
-    parameters = _trainable(part)
+    parameters = dict(_trainable(part))
     values = {key: pyro.param(f"{name}$$${role}.{key}", p) for key, p in parameters.items()}
     changed = {f"part.{key}": v for key, v in values.items() if v is not parameters[key]}
     if changed:  # a handler, such as poutine.lift, replaced the weights by other values
@@ -58,13 +58,13 @@ def store_name(parts: Mapping[str, Any], role: str, current: str, name: str) -> 
         ValueError: the store holds a parameter of such a name that is not a weight of a VAE.
     """
     store = pyro.get_param_store()
-    first = next(iter(_trainable(parts[role]).items()), None)
+    first = next(_trainable(parts[role]), None)
     if first is None:
         return current
     key = f"{current}$$${role}.{first[0]}"
     if key in store and store[key] is first[1]:
         return current  # the usual case: every run after the first
-    mine = {f"{r}.{n}": p for r, part in parts.items() for n, p in _trainable(part).items()}
+    mine = {f"{r}.{n}": p for r, part in parts.items() for n, p in _trainable(part)}
     for candidate in chain([current, name], (f"{name}_{i}" for i in count(2))):
         keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
         clashes = [key for key, p in keys.items() if key in store and store[key] is not p]
@@ -93,5 +93,6 @@ class _Conditioned(nn.Module):
         return condition(self.part, *inputs, **options)
 
 
-def _trainable(part: Any) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in part.named_parameters() if p.requires_grad} if isinstance(part, nn.Module) else {}
+def _trainable(part: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    named = part.named_parameters() if isinstance(part, nn.Module) else ()
+    return ((name, p) for name, p in named if p.requires_grad)

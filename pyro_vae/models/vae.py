@@ -215,8 +215,10 @@ class VAE(nn.Module):
     def _condition(self, role: str, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
         """The distribution in this role given `inputs`, with its parameters registered with Pyro."""
         parts = {"prior": self.prior, "likelihood": self.likelihood, "posterior": self.posterior}
-        self._registered = store_name(parts, role, self._registered, self.name)
-        return condition_registered(parts, role, self._registered, *inputs, event_dims=event_dims)
+        name = store_name(parts, role, self._registered, self.name)
+        if name != self._registered:
+            self._registered = name
+        return condition_registered(parts, role, name, *inputs, event_dims=event_dims)
 
 
 def _event_dims(*rows: Tensor) -> list[int]:
