@@ -47,7 +47,7 @@ def collect(
         progress: show a progress bar, if on a terminal.
     """
     bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
-    check_density(sampler.pair.look)
+    check_density(sampler.pair)
     if not any(site.role == "observed" for site in sampler.pair.sites.values()):
         raise ValueError(
             "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "

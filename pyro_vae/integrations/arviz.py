@@ -83,7 +83,7 @@ def from_pyro_svi(
     """
     num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    check_density(sampler.pair.look)
+    check_density(sampler.pair)
     if sampler.pair.summed:
         raise ValueError(
             f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "

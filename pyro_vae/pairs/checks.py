@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae.distributions.protocol import TakesMissing, complete
+from pyro_vae.distributions.protocol import complete, ignores_missing
 from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.sites import plate_frames, sample_sites
 
@@ -22,7 +22,6 @@ __all__ = [
     "check_rows",
     "check_sites",
     "check_support",
-    "ignores_missing",
 ]
 
 
@@ -45,11 +44,6 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
                     f"first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
                     "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
                 )
-
-
-def ignores_missing(site: dict) -> bool:
-    """Whether NaN in the observed value of a trace's site stands for a missing element, as with `ObservedPart`."""
-    return isinstance(site["fn"], TakesMissing)
 
 
 def check_support(name: str, site: dict, start: int = 0) -> None:
@@ -75,7 +69,7 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     elif isinstance(base, dist.Normal):
         advice = "Try to fill in or drop values that are not finite."
     outside = value.reshape(len(inside), -1)[row] if inside.dim() else value.reshape(-1)
-    outside = outside[~outside.isnan()] if ignores_missing(site) else outside
+    outside = outside[~outside.isnan()] if ignores_missing(fn) else outside
     raise ValueError(
         f"site {name!r}: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
         f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "

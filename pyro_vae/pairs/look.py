@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -27,13 +26,14 @@ class Look(NamedTuple):
         guide: trace of the guide.
         model: trace of the model.
         set_up: whether the run set something up, as first runs do.
-        log_probs: {site: log-probability} of both, where it can be evaluated.
+        log_probs: {site: log-probability} of both; None where it failed, no entry where it is not known (a flow without
+            an inverse).
     """
 
     guide: poutine.Trace
     model: poutine.Trace
     set_up: bool
-    log_probs: tuple[dict[str, Tensor], dict[str, Tensor]]
+    log_probs: tuple[dict[str, Tensor | None], dict[str, Tensor | None]]
 
     def frame(self, plate: str | None) -> Any:
         """The plate of this name as one of its sites saw it, or None."""
@@ -95,9 +95,13 @@ def look(
     return Look(guide_trace, model_trace, state.set_up, log_probs)
 
 
-def _log_probs(trace: poutine.Trace) -> dict[str, Tensor]:
-    found = {}
+def _log_probs(trace: poutine.Trace) -> dict[str, Tensor | None]:
+    found: dict[str, Tensor | None] = {}
     for name, site in sample_sites(trace).items():
-        with suppress(Exception):  # a flow without an inverse; wrong shapes, which the tools speak about
+        try:
             found[name] = site_log_prob(site)
+        except (NotImplementedError, KeyError):  # a flow without an inverse scores nothing but its own draws
+            continue
+        except Exception:  # wrong shapes, which the tools speak about
+            found[name] = None
     return found

@@ -176,7 +176,8 @@ class Pair:
         if not all(torch.equal(f.subsamples()[self.plate], i) for f, i in zip(looks, ends, strict=True)):
             return False  # they are given, not drawn
         first, last = (found.log_probs[1] for found in looks)
-        if any(not torch.equal(first[name], last[name]) for name in first.keys() & last.keys()):
+        both = [(first[name], last[name]) for name in first.keys() & last.keys()]
+        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in both):
             return True
         # nobody uses them, or the rows are all the same: what is as long as a pass is taken for its rows
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]

@@ -149,9 +149,12 @@ def _agree(window: Look, alone: Look, index: int, plate: str) -> bool:
     for name, site in sample_sites(window[index]).items():
         if name not in others:
             return False
-        first, second = (look.log_probs[index].get(name) for look in (window, alone))
-        if isinstance(base_distribution(site["fn"]), dist.Delta) or first is None or second is None:
+        known = [look.log_probs[index] for look in (window, alone)]
+        if isinstance(base_distribution(site["fn"]), dist.Delta) or not all(name in found for found in known):
             continue
+        first, second = (found[name] for found in known)
+        if first is None or second is None:
+            return False
         try:
             first, second = torch.broadcast_tensors(_middle(site, first, plate, 0), second)
         except RuntimeError:

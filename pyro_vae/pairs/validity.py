@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.look import Look
-from pyro_vae.pairs.sites import base_distribution, sample_sites, site_mask
-from pyro_vae.pairs.supports import support_of
+from pyro_vae.pairs.handlers import SetSubsample, SetValues
+from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.rows import WINDOW
+from pyro_vae.pairs.sites import base_distribution, sample_sites, site_log_prob, site_mask
+from pyro_vae.pairs.supports import bijection
+from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["check_density", "check_masks"]
 
+MOST_COMPARED = 200  # numbers whose Jacobian is compared
 
-def check_density(look: Look) -> None:
+
+def check_density(pair: Pair) -> None:
     """Raises ValueError where draws of the guide have no density: their weights would be meaningless.
 
     A point (Delta) is right only as the image of auxiliary draws u, z = f(u) with its log-determinant, as Pyro's
     autoguides write it: a bijection, so that there are as many numbers in the auxiliary sites as in the points. A guide
     with fewer puts mass on points (`AutoDelta`, `AutoLaplaceApproximation` before its Laplace step, a list with one of
     these); one with more draws variables that nothing in the model accounts for, and the mean of its weights is no
-    p(x).
+    p(x). The log-determinant is compared with that of the Jacobian, where there are few enough numbers.
     """
+    look = pair.look
     for name, site in sample_sites(look.guide).items():
         if isinstance(base_distribution(site["fn"]), dist.Unit):
             raise ValueError(
@@ -33,11 +42,13 @@ def check_density(look: Look) -> None:
             )
     sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
     latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
-    points = {n for n, s in sites.items() if isinstance(base_distribution(s["fn"]), dist.Delta)}
+    points = {n for n, s in sites.items() if _is_point(s["fn"])}
     # a point of the model too, such as a prior that is one, has the weight one
-    points -= {n for n in points & latents if isinstance(base_distribution(look.model.nodes[n]["fn"]), dist.Delta)}
-    drawn = sum(_numel(s) for n, s in sites.items() if n not in latents and n not in points)
-    through = sum(_unconstrained_numel(look.model.nodes[n]) for n in points if n in latents)
+    points -= {n for n in points & latents if _is_point(look.model.nodes[n]["fn"])}
+    auxiliary = [n for n in sites if n not in latents and n not in points]
+    drawn = sum(int(sites[n]["value"].numel()) for n in auxiliary)
+    images = [n for n in sites if n in points & latents]
+    through = sum(_unconstrained(look.model.nodes[n])[0].numel() for n in images)
     if drawn < through:
         names = ", ".join(map(repr, sorted(points)))
         raise ValueError(
@@ -46,11 +57,50 @@ def check_density(look: Look) -> None:
             "guide that is a distribution, such as pyro.infer.autoguide.AutoNormal."
         )
     if drawn > through:
-        extra = ", ".join(repr(n) for n in sites if n not in latents and n not in points)
         raise ValueError(
-            f"the guide draws {drawn} numbers in auxiliary sites ({extra}), and {through} in latents that are images "
-            "of them (Delta). What is drawn beyond that is integrated over nothing in the model, so that the weights "
-            "do not have the mean p(x). Try to integrate it out of the guide, or a density for it in the model."
+            f"the guide draws {drawn} numbers in auxiliary sites ({', '.join(map(repr, auxiliary))}), and {through} in "
+            "latents that are images of them (Delta). What is drawn beyond that is integrated over nothing in the "
+            "model, so that the weights do not have the mean p(x). Try to integrate it out of the guide, or a density "
+            "for it in the model."
+        )
+    if 0 < drawn <= MOST_COMPARED:
+        _check_jacobian(pair, auxiliary, images)
+
+
+def _check_jacobian(pair: Pair, auxiliary: list[str], images: list[str]) -> None:
+    """Compares the log-densities that points claim with log |det du/dz|, over the rows of the look."""
+    look = pair.look
+    u = {name: look.guide.nodes[name]["value"].detach().clone().requires_grad_() for name in auxiliary}
+    args, kwargs = pair.rows.cut(slice(0, WINDOW))
+    handlers = SetSubsample(look.subsamples()), SetValues(u)
+    with (
+        fork_random_state(),
+        torch.enable_grad(),
+        poutine.block(),
+        pyro.validation_enabled(False),
+        Untouched(pair.guide),
+        evaluation_mode(pair.guide),
+        handlers[0],
+        handlers[1],
+    ):
+        sites = sample_sites(poutine.trace(pair.guide).get_trace(*args, **kwargs))
+        claimed = sum(site_log_prob(sites[name]).sum() for name in images)
+        parts = [_unconstrained({**look.model.nodes[name], "value": sites[name]["value"]}) for name in images]
+    w, log_det = torch.cat([part.reshape(-1) for part, _ in parts]), sum(det for _, det in parts)
+    rows = []
+    for number in w:
+        found: Sequence[Tensor | None] = [None] * len(u)
+        if number.requires_grad:
+            found = torch.autograd.grad(number, list(u.values()), retain_graph=True, allow_unused=True)
+        pairs = zip(found, u.values(), strict=True)
+        rows.append(torch.cat([(torch.zeros_like(v) if g is None else g).reshape(-1) for g, v in pairs]))
+    expected = -torch.linalg.slogdet(torch.stack(rows).double()).logabsdet - log_det
+    if not (claimed - expected).abs() < 0.02 + 1e-3 * expected.abs():  # also where there is no inverse
+        raise ValueError(
+            f"sites {images} of the guide are points (Delta) that are functions of {auxiliary}, with a log_density of "
+            f"{float(claimed):.4g} over {len(rows)} numbers; the Jacobian of these functions gives "
+            f"{float(expected):.4g}. Try dist.Delta(z, log_density=…) with log |det du/dz|, of a function that can be "
+            "inverted."
         )
 
 
@@ -80,14 +130,21 @@ def _share(mask: Tensor) -> str:
     return f"{mask.float().mean():.0%}"
 
 
-def _numel(site: dict) -> int:
-    return int(site["value"].numel())
-
-
-def _unconstrained_numel(site: dict) -> int:
-    """How many numbers a bijection makes a site's value from: one less than a simplex has."""
-    support: Any = support_of(site["fn"])
+def _unconstrained(site: dict) -> tuple[Tensor, Tensor]:
+    """A latent's value in unconstrained coordinates w, and log |det dz/dw| in total; z itself if nothing maps them."""
     try:
-        return int(torch.distributions.biject_to(support).inv(site["value"]).numel())
-    except NotImplementedError:
-        return _numel(site)
+        transform = bijection("", site["fn"])
+    except ValueError:
+        return site["value"], torch.zeros(())
+    w = transform.inv(site["value"])
+    return w, transform.log_abs_det_jacobian(w, site["value"]).sum()
+
+
+def _is_point(fn: Any) -> bool:
+    """Whether a distribution puts mass on points of a continuous variable."""
+    base = base_distribution(fn)
+    if isinstance(base, torch.distributions.MixtureSameFamily):
+        return _is_point(base.component_distribution)
+    if isinstance(base, dist.MaskedMixture):
+        return _is_point(base.component0) or _is_point(base.component1)
+    return isinstance(base, (dist.Delta, dist.Empirical))

@@ -53,6 +53,6 @@ def draw_particles(
         tensor([-1.2655, -2.2655])
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
-    check_density(sampler.pair.look)
+    check_density(sampler.pair)
     with evaluation_mode(model, guide):
         return sampler.draw(check_num_particles(num_particles))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_num_particles, ignores_missing
+from pyro_vae.distributions.protocol import ignores_missing
+from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.validity import check_density
@@ -69,7 +70,7 @@ def impute(
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
     if num_particles > 1:  # one draw of a point needs no weight
-        check_density(sampler.pair.look)
+        check_density(sampler.pair)
     if sampler.pair.summed:
         raise ValueError(
             f"impute: latent sites {sorted(sampler.pair.summed)} are summed out in the model, so that there is no "
@@ -82,7 +83,7 @@ def impute(
             weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
             chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
             for name, site in sample_sites(model_trace).items():
-                if site["is_observed"] and ignores_missing(site):
+                if site["is_observed"] and ignores_missing(site["fn"]):
                     drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
                     observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
                     index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])

@@ -31,12 +31,13 @@ from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_rows, check_support, ignores_missing
+from pyro_vae.distributions.protocol import ignores_missing
+from pyro_vae.pairs.checks import check_rows, check_support
 from pyro_vae.pairs.enumeration import sum_product
-from pyro_vae.pairs.handlers import SetSubsample, StopAfter
-from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.handlers import SetSubsample, SetValues, StopAfter
+from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
+from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.validity import check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 from pyro_vae.particles.chunks import cells_within_budget
@@ -192,8 +193,9 @@ class ParticleSampler:
         model_trace = self.run(self.model, num_particles, rows, **options)
         if check:
             check_masks(guide_trace, model_trace)
+            self._check_masked(guide_trace, model_trace, num_particles, rows)
             observed = {name: site for name, site in sample_sites(model_trace).items() if site["is_observed"]}
-            incomplete = [site["value"] for site in observed.values() if ignores_missing(site)]
+            incomplete = [site["value"] for site in observed.values() if ignores_missing(site["fn"])]
             check_rows(model_trace.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
             check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
             for name, site in observed.items():
@@ -208,6 +210,36 @@ class ParticleSampler:
                         "with missing values, MaskedInput(network) in the encoder."
                     )
         return model_trace
+
+    def _check_masked(
+        self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None
+    ) -> None:
+        """Raises ValueError where the likelihood depends on a latent that is masked, and so has no prior there."""
+        drawn = self.pair.latents - self.pair.summed - self.pair.enumerated
+        sites = {name: site for name, site in sample_sites(model_trace).items() if name in drawn}
+        masks = {name: site_mask(site) for name, site in sites.items()}
+        masks = {name: mask for name, mask in masks.items() if mask is not None and not mask.all()}
+        if not masks:
+            return
+        with fork_random_state(), torch.no_grad():
+            others = sample_sites(self.run(self.guide, num_particles, rows))
+            values = {name: site["value"] for name, site in sites.items() if name in others}
+            for name, mask in masks.items():
+                event = (1,) * len(sites[name]["fn"].event_shape)
+                shape = mask.reshape(mask.shape + event)
+                values[name] = torch.where(shape, values[name], others[name]["value"])
+            moved = self.run(SetValues(values)(self.model), num_particles, rows, enumerate_sites=self.pair.summed)
+            before, after = (
+                self.log_prior_likelihood(trace, num_particles, rows, summed=self.pair.summed)
+                for trace in (model_trace, moved)
+            )
+        same = [torch.isclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(before, after, strict=True)]
+        if not all(found.all() for found in same):
+            raise ValueError(
+                f"latent sites {sorted(masks)} are masked at some places, and other sites depend on their values "
+                "there: without a prior there is no p(x) to estimate. Try to mask the observed sites there too, or to "
+                "leave the latent unmasked."
+            )
 
     # -- weighing -----------------------------------------------------------------------------------------------------
 

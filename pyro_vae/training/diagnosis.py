@@ -13,9 +13,8 @@ from pyro.infer import ELBO
 from torch import Tensor
 from torch.distributions import Independent, StudentT
 
-from pyro_vae.distributions.protocol import complete
+from pyro_vae.distributions.protocol import complete, ignores_missing
 from pyro_vae.objectives.protocol import annealed
-from pyro_vae.pairs.checks import ignores_missing
 from pyro_vae.pairs.look import look
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites
@@ -67,7 +66,7 @@ def check_data(pair: Pair, batches: Batches) -> None:
         for column, x in enumerate(arguments)
         if site["is_observed"] and x is site["value"]
     ]
-    batches.check({column for column, _, site in observed if ignores_missing(site)})
+    batches.check({column for column, _, site in observed if ignores_missing(site["fn"])})
     for column, name, site in observed:
         batches.check_column(column, name, site)
 
@@ -93,7 +92,7 @@ def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
             log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
             event_dim = len(site["fn"].event_shape)
             for what, tensor, right in (("value", site["value"], event_dim), ("log-probability", log_prob, 0)):
-                bad = tensor.isinf() if ignores_missing(site) else ~torch.isfinite(tensor)
+                bad = tensor.isinf() if ignores_missing(site["fn"]) else ~torch.isfinite(tensor)
                 if not bad.any():
                     continue
                 axes = [f.dim - right + tensor.dim() for f in site["cond_indep_stack"] if f.name == pair.plate]

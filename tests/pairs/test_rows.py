@@ -144,3 +144,22 @@ def test_a_plate_that_takes_its_rows_from_all_data():
     for others in ((), (torch.zeros(3),)):
         evidence = importance_sampling(*pair, X, *others, num_particles=10, progress=False)
         torch.testing.assert_close(evidence.log_evidence.float(), EXACT)
+
+
+def test_a_closed_over_mask_is_not_cut_and_so_nothing_is():
+    """Its shape fits no window: a log-probability that fails is no agreement."""
+    from pyro import poutine
+
+    mask = torch.tensor([True, False] * 4)
+
+    def model(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def masked_guide(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    evidence = importance_sampling(model, masked_guide, X, num_particles=10, progress=False)
+    torch.testing.assert_close(evidence.log_evidence.float(), EXACT * mask)

@@ -268,3 +268,37 @@ def test_a_factor_counts_in_the_model_and_is_refused_in_the_guide():
     torch.testing.assert_close(evidence.log_evidence.float(), dist.Normal(0.0, 2**0.5).log_prob(X))
     with pytest.raises(ValueError, match=r"site 'correction' of the guide is a pyro.factor"):
         importance_sampling(weighted, guide_with_factor, X, num_particles=10, progress=False)
+
+
+def test_a_mixture_of_points_is_refused():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            points = dist.Delta(torch.stack([x, -x], -1))
+            pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.ones(len(x), 2)), points))
+
+    with pytest.raises(ValueError, match=r"site 'z' of the guide is a point"):
+        importance_sampling(model, guide, X, progress=False)
+
+
+@pytest.mark.parametrize("mask_x", [True, False])
+def test_a_masked_latent_that_the_likelihood_depends_on_is_refused(mask_x):
+    """Masked with its data, a row counts nothing; without, p(x) would be an average over the guide."""
+
+    def padded(x):
+        with pyro.plate("data", len(x)):
+            with poutine.mask(mask=MASK):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=MASK if mask_x else torch.tensor(True)):
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)), poutine.mask(mask=MASK):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    if mask_x:
+        evidence = importance_sampling(padded, guide, X, num_particles=100, progress=False)
+        exact = dist.Normal(0.0, 2**0.5).log_prob(X) * MASK
+        torch.testing.assert_close(evidence.log_evidence.float(), exact)
+        return
+    with pytest.raises(ValueError, match=r"latent sites \['z'\] are masked at some places, and other sites depend"):
+        importance_sampling(padded, guide, X, num_particles=100, progress=False)
