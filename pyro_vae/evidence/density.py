@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.pairs.handlers import SetValues, StopAfter, unobserved
-from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
+from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.supports import support_of
 from pyro_vae.particles.latents import Constrain, Coordinates
 from pyro_vae.particles.sampler import ParticleSampler
@@ -60,8 +60,8 @@ class LatentDensity:
     @property
     def masked(self) -> list[str]:
         """Latent sites that are masked somewhere, and have no proper density there."""
-        masks = {name: site["mask"] for name, site in self._sites.items() if site["mask"] is not None}
-        return [name for name, mask in masks.items() if not torch.as_tensor(mask).all()]
+        masks = {name: site_mask(site) for name, site in self._sites.items()}
+        return [name for name, mask in masks.items() if mask is not None and not mask.all()]
 
     def _is_continuous(self, name: str, site: dict) -> bool:
         if site["is_observed"] or name in self.discrete:

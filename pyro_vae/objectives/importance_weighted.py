@@ -27,6 +27,7 @@ from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import is_recording
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.validity import check_density, check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 
 __all__ = ["ImportanceWeightedELBO"]
@@ -134,6 +135,8 @@ class ImportanceWeightedELBO(ELBO):
                 "guide, under the same name: nothing is summed out here."
             )
         if not is_recording():  # which compares no values
+            check_density(pair)
+            check_masks(pair.look.guide, pair.look.model)
             pair.check_vectorized()
         return pair
 

@@ -112,8 +112,18 @@ def check_sites(look: Look, plate: str | None) -> None:
                     " it. Try to move the site in, to fix its value with poutine.condition, or plate=None for the "
                     "joint evidence of all data."
                 )
-    for f in plate_frames(*look[:2]) if plate is None else []:
-        if f.full_size is not None and f.size < f.full_size:
+            if site["infer"].get("num_samples") and site["infer"].get("enumerate"):
+                raise ValueError(
+                    f"site {name!r} of the {where} is enumerated by draws (num_samples), which is no sum over its "
+                    "values. Try enumerate='parallel' without num_samples."
+                )
+    for f in plate_frames(*look[:2]):
+        if plate is not None and f.name != plate and f.full_size is not None and 0 < f.size < f.full_size:
+            raise ValueError(
+                f"plate {f.name!r} inside of plate {plate!r} has {f.size} of {f.full_size} elements; log p(x) of a "
+                "data point needs all of them. Try to call model and guide without subsample_size."
+            )
+        if plate is None and f.full_size is not None and f.size < f.full_size:
             raise ValueError(
                 f"plate {f.name!r} has {f.size} of {f.full_size} data points; the joint evidence (plate=None) "
                 "needs all of them. Try to call model and guide on all data, without subsample_size."

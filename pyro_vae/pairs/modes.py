@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -47,12 +48,44 @@ def all_owners(*functions: Any) -> list[Any]:
     return list(found.values())
 
 
+def named_modules(*functions: Any) -> list[nn.Module]:
+    """The modules in closures and among the globals of functions, also under `functools.partial` and handlers."""
+    found: dict[int, nn.Module] = {}
+    seen: set[int] = set()
+    left = list(functions)
+    while left:
+        function = left.pop()
+        function = getattr(function, "__func__", function)
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        if isinstance(function, partial):
+            left += [f for f in (function.func, *function.args) if callable(f)]
+        if not isinstance(function, FunctionType):
+            continue
+        names = function.__globals__
+        values = [names[name] for name in function.__code__.co_names if name in names]
+        values += [cell.cell_contents for cell in function.__closure__ or () if _is_bound(cell)]
+        found |= {id(value): value for value in values if isinstance(value, nn.Module)}
+        left += [value for value in values if isinstance(value, (FunctionType, MethodType, partial))]
+    return list(found.values())
+
+
+def _is_bound(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:  # not yet
+        return False
+    return True
+
+
 @contextmanager
 def evaluation_mode(*functions: Callable) -> Iterator[None]:
     """Runs modules in evaluation mode (dropout off, batch norm frozen), and puts each back into the mode it was in.
 
-    Every `nn.Module` that is called inside is switched, wherever a model or guide keeps it, and so are the owners of
-    `functions` with all their parts: a method of a module may ask for `self.training` without the module being called.
+    Every `nn.Module` that is called inside is switched, wherever a model or guide keeps it. So are the owners of
+    `functions` and the modules that they name, with all their parts: a method of a module may ask for `self.training`
+    without the module being called.
     """
     changed: list[nn.Module] = []
 
@@ -63,7 +96,7 @@ def evaluation_mode(*functions: Callable) -> Iterator[None]:
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(switch)
     try:
-        for owner in owners(*functions):
+        for owner in [*owners(*functions), *named_modules(*functions)]:
             for module in owner.modules():
                 switch(module, None)
         yield

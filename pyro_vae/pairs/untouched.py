@@ -12,6 +12,7 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from pyro_vae.pairs.modes import all_owners
 
@@ -87,6 +88,8 @@ class Untouched:
             self._remember(part)
 
     def _remember(self, thing: Any) -> None:
+        if isinstance(thing, LazyModuleMixin) and thing.has_uninitialized_params():  # type: ignore[misc]
+            return  # its first call makes it a module of another class, for good
         if id(thing) in self._objects or not hasattr(thing, "__dict__") or isinstance(thing, type):
             return
         attributes = dict(vars(thing))
