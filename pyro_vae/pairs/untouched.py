@@ -68,6 +68,8 @@ class Untouched:
             return
         self._forget_new_names()
         for thing, attributes in self._objects.values():
+            if isinstance(thing, nn.Module):  # its mode is `evaluation_mode`'s to put back
+                attributes["training"] = thing.training
             _restore_dict(vars(thing), attributes)
         for container, content in self._containers.values():
             _restore(container, content)
