@@ -19,6 +19,7 @@ from torch.distributions import Independent, LowRankMultivariateNormal, Multivar
 
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["LatentUsage", "latent_usage"]
@@ -56,6 +57,7 @@ class LatentUsage:
         return "\n".join(lines)
 
 
+@one_thread
 def latent_usage(
     model: Callable,
     guide: Callable,

@@ -28,6 +28,7 @@ from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["FIRST_DRAWS", "adaptive_importance_sampling", "fit_gaussians"]
@@ -39,6 +40,7 @@ WIDEN = 1.05  # factor of the fitted standard deviations: tails that are too lig
 LEAST_SHARE = 0.15  # each component gets at least this share of the draws
 
 
+@one_thread
 def adaptive_importance_sampling(
     model: Callable,
     guide: Callable,

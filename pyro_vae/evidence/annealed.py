@@ -31,6 +31,7 @@ from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
 from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["annealed_importance_sampling"]
@@ -39,6 +40,7 @@ ACCEPTANCE = 0.8  # the rate of acceptance that the pilot run aims at
 LEAPFROG_TENSORS = 4.0  # a gradient needs about this many times the tensors of a log-weight
 
 
+@one_thread
 def annealed_importance_sampling(
     model: Callable,
     guide: Callable,

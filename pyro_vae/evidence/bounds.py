@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.annealed import annealed_importance_sampling
 from pyro_vae.evidence.evidence import Evidence
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.simulation import simulate
 
 __all__ = ["Sandwich", "sandwich"]
@@ -63,6 +64,7 @@ class Sandwich:
         )
 
 
+@one_thread
 def sandwich(
     model: Callable,
     guide: Callable,

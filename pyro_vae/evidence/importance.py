@@ -23,6 +23,7 @@ from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
 from pyro_vae.pairs.checks import check_function, check_num_particles
 from pyro_vae.pairs.handlers import StopAfter, unobserved
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["PASSES", "importance_sampling", "prior_sampling"]
@@ -31,6 +32,7 @@ __all__ = ["PASSES", "importance_sampling", "prior_sampling"]
 PASSES: dict[str, Any] = {"tensors": 0.5, "together": 128}
 
 
+@one_thread
 def importance_sampling(
     model: Callable,
     guide: Callable,
@@ -137,6 +139,7 @@ def importance_sampling(
     )
 
 
+@one_thread
 def prior_sampling(
     model: Callable,
     guide: Callable | None,

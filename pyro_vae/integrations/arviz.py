@@ -25,6 +25,7 @@ from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
@@ -32,6 +33,7 @@ from pyro_vae.progress import progress_bar
 __all__ = ["from_pyro", "from_pyro_svi"]
 
 
+@one_thread
 def from_pyro_svi(
     model: Callable,
     guide: Callable,
@@ -115,6 +117,7 @@ def from_pyro_svi(
     return groups.tree()
 
 
+@one_thread
 def from_pyro(
     mcmc: Any,
     *,

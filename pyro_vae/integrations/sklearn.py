@@ -21,6 +21,7 @@ from pyro_vae.distributions.structure import expected_value
 from pyro_vae.evidence.importance import importance_sampling
 from pyro_vae.models.vae import VAE
 from pyro_vae.networks import MLP
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.training.loop import fit
 
 __all__ = ["VAETransformer"]
@@ -76,6 +77,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.num_particles = num_particles
         self.random_state = random_state
 
+    @one_thread
     def fit(self, X: Any, y: Any = None) -> VAETransformer:
         """Trains a new VAE on the rows of X, (N, features); y is ignored."""
         x = self._tensor(X, reset=True)
@@ -88,11 +90,13 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.loss_ = np.array(result.loss)
         return self
 
+    @one_thread
     def transform(self, X: Any) -> np.ndarray:
         """E_q[z|x] of each row, (N, n_components); if it is not known (flows), the mean of `num_particles` draws."""
         check_is_fitted(self)
         return self._mean(self.vae_.encode(self._tensor(X)))
 
+    @one_thread
     def inverse_transform(self, Z: Any) -> np.ndarray:
         """E[x|z] of each row, (N, features); if it is not known, the mean of `num_particles` draws."""
         check_is_fitted(self)
@@ -101,6 +105,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             raise ValueError(f"inverse_transform: expected {self.n_components} components, got {z.shape[1]}.")
         return self._mean(self.vae_.decode(z))
 
+    @one_thread
     def score_samples(self, X: Any) -> np.ndarray:
         """log p(x) of each row by importance sampling, (N,), nats: a lower bound in expectation."""
         check_is_fitted(self)
@@ -112,6 +117,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             )
         return evidence.log_evidence.numpy()
 
+    @one_thread
     def score(self, X: Any, y: Any = None) -> float:
         """The mean of `score_samples`, which cross-validation maximises."""
         return float(self.score_samples(X).mean())

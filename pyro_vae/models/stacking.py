@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
 from pyro_vae.models.vae import VAE
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.training.loop import FitResult, fit
 
 __all__ = ["fit_layers", "stack"]
 
 
+@one_thread
 def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any) -> list[FitResult]:
     """Trains the layers greedily, each on the codes E_q[z|x] of the layer before.
 

@@ -21,6 +21,7 @@ from pyro_vae.distributions.structure import condition, expected_value
 from pyro_vae.models.registration import condition_registered, store_name
 from pyro_vae.pairs.checks import check_support
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["VAE"]
 
@@ -106,6 +107,7 @@ class VAE(nn.Module):
 
     # -- without gradients, in evaluation mode, for any number of rows ------------------------------------------------
 
+    @one_thread
     @torch.no_grad()
     def encode(self, x: Tensor, *context: Tensor) -> Any:
         """q(z|x, c): a distribution with batch shape (N,)."""
@@ -114,6 +116,7 @@ class VAE(nn.Module):
             self._check_posterior(q_z, x)
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
+    @one_thread
     @torch.no_grad()
     def decode(self, z: Tensor, *context: Tensor) -> Any:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
@@ -121,6 +124,7 @@ class VAE(nn.Module):
             dims = [len(self._latent_shape()), *_event_dims(*context)]
             return condition(self.likelihood, z, *context, event_dims=dims, role="likelihood")
 
+    @one_thread
     def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
         """Generates new data: z ~ p(z), x ~ p(x|z, c).
 
@@ -147,6 +151,7 @@ class VAE(nn.Module):
 
         return _in_chunks(rows, size)
 
+    @one_thread
     def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False) -> Tensor:
         """Encodes x and decodes it again: z ~ q(z|x, c), x' ~ p(x|z, c).
 
@@ -167,6 +172,7 @@ class VAE(nn.Module):
 
         return _in_chunks(rows, len(x))
 
+    @one_thread
     def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
         """Generates data like x: it draws z_1, …, z_size ~ q(z|x, c) for each row, and x' ~ p(x|z_s, c) for each z_s.
 

@@ -21,6 +21,7 @@ from torch.distributions import kl_divergence
 
 from pyro_vae.objectives.schedules import Schedule, value_at
 from pyro_vae.pairs.sites import plate_frames, sample_sites
+from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["BetaELBO"]
 
@@ -114,6 +115,7 @@ class BetaELBO(TraceMeanField_ELBO):
         for name, schedule in self._schedules.items():
             self._now[name].fill_(value_at(name, schedule, step))
 
+    @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−ELBO, at β = 1, nats."""
         with torch.no_grad():
@@ -121,12 +123,18 @@ class BetaELBO(TraceMeanField_ELBO):
             terms = [torch.stack(self._terms(*pair)).sum().item() for pair in traces]
         return sum(terms) / self.num_particles
 
+    @one_thread
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−L(β) of the step, nats. Adds its gradient to those of the parameters."""
         if not self._driven:
             self._calls += 1
             self._set(int(self._calls))
         return super().loss_and_grads(model, guide, *args, **kwargs)
+
+    @one_thread
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """−L(β) of the last step, nats, as a tensor with a gradient."""
+        return super().differentiable_loss(model, guide, *args, **kwargs)
 
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         distortion, rate = self._terms(model_trace, guide_trace)

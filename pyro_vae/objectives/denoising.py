@@ -18,6 +18,8 @@ import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
+from pyro_vae.pairs.threads import one_thread
+
 __all__ = ["DenoisingELBO", "gaussian_noise", "masking_noise", "salt_and_pepper_noise"]
 
 Corruption = Callable[[Tensor], Tensor]
@@ -55,14 +57,17 @@ class DenoisingELBO(ELBO):
             raise AttributeError(name)
         return getattr(self.elbo, name)  # num_particles and the like
 
+    @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats."""
         return self.elbo.loss(model, self._corrupted(guide), *args, **kwargs)
 
+    @one_thread
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats. Adds its gradient to those of the parameters."""
         return self.elbo.loss_and_grads(model, self._corrupted(guide), *args, **kwargs)
 
+    @one_thread
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """−bound, nats, as a tensor whose gradient is that of the estimator, if the ELBO has such a loss."""
         return self.elbo.differentiable_loss(model, self._corrupted(guide), *args, **kwargs)

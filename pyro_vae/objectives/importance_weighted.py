@@ -27,6 +27,7 @@ from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import is_recording
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density, check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 
@@ -73,12 +74,14 @@ class ImportanceWeightedELBO(ELBO):
         self.plate, self.doubly_reparameterized = plate, doubly_reparameterized
         self._pair: Pair | None = None  # the last pair that was looked at
 
+    @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats."""
         with torch.no_grad():
             scale, log_weight, _ = self._weigh(*self._get_trace(model, guide, args, kwargs))
             return -scale * self._bound(log_weight).sum().item()
 
+    @one_thread
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """−bound, nats. Adds its gradient to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -86,6 +89,7 @@ class ImportanceWeightedELBO(ELBO):
             loss.backward()
         return loss.item()
 
+    @one_thread
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """−bound, nats, as a tensor whose gradient is that of the estimator."""
         if self.doubly_reparameterized:

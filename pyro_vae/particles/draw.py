@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
@@ -14,6 +15,7 @@ from pyro_vae.particles.sampler import ParticleSampler
 __all__ = ["draw_particles"]
 
 
+@one_thread
 def draw_particles(
     model: Callable, guide: Callable, *args: Any, num_particles: int, plate: str | None = "data", **kwargs: Any
 ) -> Particles:

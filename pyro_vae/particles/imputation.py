@@ -19,12 +19,14 @@ from pyro_vae.distributions.protocol import ignores_missing
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["impute"]
 
 
+@one_thread
 def impute(
     model: Callable,
     guide: Callable,

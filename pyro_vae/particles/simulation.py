@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["Simulation", "simulate"]
@@ -31,6 +32,7 @@ class Simulation:
     latents: dict[str, Tensor]
 
 
+@one_thread
 def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "data", **kwargs: Any) -> Simulation:
     """Draws z* ~ p(z), x ~ p(x|z*) as many times as there are data points, and puts x in the place of the data.
 

@@ -125,7 +125,7 @@ def warn_of_collapse(pair: Pair) -> None:
                 "density, and with it the ELBO, has no largest value there, so that neither says how good the model "
                 "is. Try LearnedScale(…) for one scale, smallest=… at the precision of the data, or to leave out "
                 "columns that are constant.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 
@@ -138,5 +138,5 @@ def warn_of_objective(elbo: ELBO) -> None:
         warnings.warn(
             f"fit ended at {reason}: its losses are no bound of log p(x). Validation losses and evidence are those of "
             "beta = 1 and no capacity.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -26,6 +26,7 @@ from pyro_vae.compiled.elbo import CompiledELBO
 from pyro_vae.compiled.policy import TRAINING, backend_for, check_compile
 from pyro_vae.pairs.modes import evaluation_mode, owners
 from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.threads import one_thread
 from pyro_vae.progress import progress_bar
 from pyro_vae.training.data import Batches
 from pyro_vae.training.diagnosis import check_data, look_at, try_out, warn_of_collapse, warn_of_objective
@@ -37,6 +38,7 @@ from pyro_vae.training.steps import Steps
 __all__ = ["FitResult", "fit"]
 
 
+@one_thread
 def fit(
     model: Callable,
     guide: Callable,

@@ -61,7 +61,7 @@ class Weights:
             warnings.warn(
                 f"fit: the loss does not reach {len(names)} of {len(self.parameters)} parameters, which will not "
                 f"train: {shown}. Try to use them in the model or guide, or requires_grad_(False) to freeze them.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
