@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_vae.distributions.conditional import Conditional, positive
 from pyro_vae.distributions.structure import event_shape_of
-from pyro_vae.distributions.univariate import NegativeBinomial
+from pyro_vae.distributions.univariate import NegativeBinomial, Poisson
 
 __all__ = [
     "ConditionalBernoulli",
@@ -123,7 +123,7 @@ class ConditionalPoisson(Conditional):
     """
 
     def distribution(self, raw_rate: Tensor) -> Any:
-        return dist.Poisson(positive(raw_rate)).to_event(len(self.event_shape))
+        return Poisson(positive(raw_rate)).to_event(len(self.event_shape))
 
 
 class ConditionalNegativeBinomial(Conditional):
