@@ -1,18 +1,20 @@
-r"""A whole training step as one graph: loss, gradients, their norm, clipping and Adam's update.
+r"""A whole training step as one graph: loss, gradients, their norm, clipping and the update of Adam or AdamW.
 
 With g the gradient of the loss per data point, clipped to norm c, Adam (Kingma & Ba 2015, algorithm 1) updates
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε),
 
-if loss and norm are finite; otherwise nothing moves. The state of the algorithm stays in the `torch.optim.Adam` that
-the step replaces, so that schedulers, checkpoints and later eager steps can go on with it. Each step reads the learning
-rate from there.
+if loss and norm are finite; otherwise nothing moves. Weight decay λ first adds λθ to g or, where it is decoupled
+(AdamW, Loshchilov & Hutter 2019), first shrinks θ to (1 − ηλ) θ. The state of the algorithm stays in the torch
+optimizer that the step replaces, so that schedulers, checkpoints and later eager steps can go on with it. Each step
+reads η, β₁, β₂, ε and λ of each group of parameters from there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
+from operator import is_
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,98 +25,214 @@ from pyro_vae.compiled.recording import Graph
 
 __all__ = ["WholeStep"]
 
+EXTRAS = ("amsgrad", "maximize", "differentiable")  # what the graph has no operations for
+NUMBERS = 7  # scalars of a group and step count
+
 
 class WholeStep:
-    """One step of a `torch.optim.Adam` on a recorded loss.
+    """One step of a `torch.optim.Adam` or `AdamW` on a recorded loss.
 
     Args:
         graph: what `pyro_vae.compiled.recording.record_gradients` returned.
-        optimizer: an Adam for which `fits` is true.
+        optimizer: one for which `fits` is true.
         clip_norm: largest norm of the gradient; None does not clip.
     """
 
     def __init__(self, graph: Graph, optimizer: torch.optim.Adam, clip_norm: float | None) -> None:
-        self.graph, self.optimizer = graph, optimizer
-        (self.group,) = optimizer.param_groups
-        self.clip_norm = clip_norm
-        own = {id(p) for p in self.group["params"]}
-        positions = {id(t): i for i, t in enumerate(graph.tensors)}
-        self._trained = [(positions[id(p)], i) for i, p in enumerate(graph.leaves) if id(p) in own]
-        states = [optimizer.state[graph.leaves[i]] for _, i in self._trained]
-        self._moments = [s["exp_avg"] for s in states] + [s["exp_avg_sq"] for s in states]
-        self._counts = [s["step"] for s in states]
-        self._steps = 0
+        self.graph, self.optimizer, self.clip_norm = graph, optimizer, clip_norm
         self._run: Callable | None = None
+        self._layout: tuple = ()  # what the graph of the step was made for
+        self._row_of: dict[int, int] = {}  # {id of a parameter: its row}
+        self._seen: list[Any] | None = None  # what the optimizer consisted of; None if it does not fit
+        self._taken = self._settled = 0  # steps taken here, and how many of them the optimizer knows of
+        self._counts: list[Tensor] = []
+        self._versions: list[int] = []
+        self._starts: list[int] = []
         self.resume()
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer, graph: Graph) -> TypeGuard[torch.optim.Adam]:
         """Whether this class can replace the optimizer.
 
-        It can if that is a plain `torch.optim.Adam` with one group of parameters, no extras and no hooks, and if it has
-        taken a step on every parameter that the graph moves.
+        It can if that is a plain `torch.optim.Adam` or `AdamW`, no extras and no hooks, and if it has taken a step on
+        every parameter that the graph moves.
         """
-        if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not _is_plain(optimizer):
             return False
-        group = optimizer.param_groups[0]
-        extras = ("amsgrad", "maximize", "differentiable", "weight_decay", "decoupled_weight_decay")
-        own = {id(p) for p in group["params"]}
-        if any(id(p) in own and "step" not in optimizer.state[p] for p in graph.leaves):
-            return False
-        same = len({float(s["step"]) for s in optimizer.state.values()}) == 1
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        return same and not hooks and not any(group.get(name) for name in extras)
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return all(_has_moments(p, optimizer.state.get(p, {})) for p in graph.leaves if id(p) in own)
+
+    def holds(self) -> bool:
+        """Whether a call would do what the optimizer's own step would do now.
+
+        If not, take that one: `settle` first, `resume` afterwards. The numbers of the groups may change at any time. It
+        does not hold if something else did: parameters or groups, the state (as by `load_state_dict`), step counts,
+        extras or hooks.
+        """
+        return (
+            self._seen is not None
+            and _is_plain(self.optimizer)
+            and _same(_objects(self.optimizer), self._seen)
+            and [count._version for count in self._counts] == self._versions
+        )
 
     def __call__(self, stopped: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Takes a step and returns loss and norm.
 
         If one of these is not finite, `stopped` (0-dim, bool) becomes true. As long as it is true, nothing moves.
         """
-        beta1, beta2 = self.group["betas"]
-        self._steps += 1
-        scalars = torch.tensor(
-            [float(self.group["lr"]) / (1 - beta1**self._steps), (1 - beta2**self._steps) ** -0.5],
-            device=stopped.device,
-        )
-        held = [*self.graph.tensors, *self._moments, stopped]
+        self._taken += 1
+        scalars = torch.tensor(self._numbers(), dtype=self._dtype, device=stopped.device)
+        held = self._held
         if self._run is None:
-            self._run = generate(self._trace([*held, scalars, *inputs]), held, [scalars, *inputs])
+            module = self._trace([*held, stopped, scalars, *inputs])
+            self._run = generate(module, [*held, stopped], [scalars, *inputs])
         with torch.no_grad():
-            loss, norm = self._run(*held, scalars, *inputs)
+            loss, norm = self._run(*held, stopped, scalars, *inputs)
         return loss, norm
 
     def settle(self, skipped: int = 0) -> None:
-        """Sets the optimizer's step counts to the number of steps taken here, without those that were `skipped`."""
-        self._steps -= skipped
-        for count in self._counts:
-            count.fill_(self._steps)
+        """Adds the number of steps taken here, without those that were `skipped`, to the optimizer's step counts.
+
+        A count that someone else has set since then stays what it is.
+        """
+        self._taken -= skipped
+        if self._taken == self._settled:
+            return
+        self._settled = self._taken
+        for i, count in enumerate(self._counts):
+            if count._version == self._versions[i]:
+                count.fill_(self._starts[i] + self._taken)
+                self._versions[i] = count._version
 
     def resume(self) -> None:
-        """Goes on from the optimizer's step count."""
-        self._steps = int(self._counts[0]) if self._counts else 0
+        """Goes on from the optimizer as it is now: its groups, its state and its step counts."""
+        optimizer, leaves = self.optimizer, self.graph.leaves
+        self._taken = self._settled = 0
+        self._counts = []
+        self._seen = _objects(optimizer) if self.fits(optimizer, self.graph) else None
+        if self._seen is None:
+            return
+        groups = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._trained = [i for i, p in enumerate(leaves) if id(p) in groups]
+        states = [optimizer.state[leaves[i]] for i in self._trained]
+        moments = [state[name] for name in ("exp_avg", "exp_avg_sq") for state in states]
+        self._held = [*self.graph.tensors, *moments]
+        self._counts = [state["step"] for state in states]
+        self._versions = [count._version for count in self._counts]
+        self._starts = _values(self._counts)
+        self._find_rows([groups[id(leaves[i])] for i in self._trained])
+        doubles = any(leaves[i].dtype == torch.float64 for i in self._trained)
+        self._dtype = torch.float64 if doubles else torch.float32
+        layout = (self._trained, self._row_of, self._decoupled, self._dtype, [t.stride() for t in moments])
+        if layout != self._layout:
+            self._layout, self._run = layout, None
+
+    def _find_rows(self, groups: list[int]) -> None:
+        """Gives parameters of one group and one step count one row of scalars.
+
+        Rows are split where counts part, but never joined again: another layout takes seconds to compile.
+        """
+        ids = [id(self.graph.leaves[i]) for i in self._trained]
+        keys = list(zip(map(self._row_of.get, ids), groups, self._starts, strict=True))
+        distinct = list(dict.fromkeys(keys))
+        self._row_of = {i: distinct.index(key) for i, key in zip(ids, keys, strict=True)}
+        self._rows = [(group, start) for _, group, start in distinct]
+        self._decoupled = [_is_decoupled(self.optimizer.param_groups[group]) for group, _ in self._rows]
+
+    def _numbers(self) -> list[float]:
+        """The scalars of a step, row by row, as `_update` takes them."""
+        numbers: list[float] = []
+        for (k, start), decoupled in zip(self._rows, self._decoupled, strict=True):
+            group, step = self.optimizer.param_groups[k], start + self._taken
+            rate, decay, eps, (beta1, beta2) = group["lr"], group["weight_decay"], group["eps"], group["betas"]
+            if group.get(
+                "fused"
+            ):  # torch rounds what it computes from a tensor to the tensor's precision, but not here
+                rate, beta1, beta2 = float(rate), float(beta1), float(beta2)
+            size, root = rate / (1 - beta1**step), 1 / float((1 - beta2**step) ** 0.5)
+            shrink = 1 - rate * decay if decoupled else decay
+            numbers += map(float, (1 - beta1, beta2, 1 - beta2, size, root, eps, shrink))
+        return numbers
 
     def _trace(self, arguments: list[Tensor]) -> torch.fx.GraphModule:
-        """The graph of a step, of the recorded tensors, both moments, `stopped`, two scalars and the inputs."""
-        held, trained, (beta1, beta2) = len(self.graph.tensors), self._trained, self.group["betas"]
-        eps, clip, results = self.group["eps"], self.clip_norm, self.graph.num_results
+        """The graph of a step, of the recorded tensors, both moments, `stopped`, the scalars and the inputs."""
+        held, results, clip = len(self.graph.tensors), self.graph.num_results, self.clip_norm
+        positions = {id(t): i for i, t in enumerate(self.graph.tensors)}
+        moved = [(i, id(self.graph.leaves[i])) for i in self._trained]
 
         def step(*arguments: Tensor) -> tuple[Tensor, Tensor]:
             tensors, rest = arguments[:held], arguments[held:]
-            first, second, rest = rest[: len(trained)], rest[len(trained) : 2 * len(trained)], rest[2 * len(trained) :]
-            stopped, (size, root), inputs = rest[0], rest[1].unbind(), rest[2:]
+            first, second, rest = rest[: len(moved)], rest[len(moved) : 2 * len(moved)], rest[2 * len(moved) :]
+            stopped, rows, inputs = rest[0], rest[1].view(len(self._rows), NUMBERS).unbind(), rest[2:]
             outputs = self.graph.module(*tensors, *inputs)
             loss, norm, gradients = outputs[0], outputs[1], outputs[results:]
             finite = torch.isfinite(loss) & torch.isfinite(norm) & ~stopped
             stopped.copy_(~finite)
             factor = None if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch clips
-            for (position, i), m, v in zip(trained, first, second, strict=True):
-                p = tensors[position]
+            for (i, name), m, v in zip(moved, first, second, strict=True):
+                p, row = tensors[positions[name]], self._row_of[name]
                 g = gradients[i] if factor is None else gradients[i] * factor
-                new_m, new_v = torch.lerp(m, g, 1 - beta1), v * beta2 + (1 - beta2) * g * g
-                new_p = p - size * new_m / (new_v.sqrt() * root + eps)
-                for old, new in ((m, new_m), (v, new_v), (p, new_p)):
-                    old.copy_(torch.where(finite, new, old))
+                new = _update(p, m, v, g, rows[row], self._decoupled[row])
+                for old, value in zip((p, m, v), new, strict=True):
+                    old.copy_(torch.where(finite, value, old))
             return loss, norm
 
         with torch.no_grad():
             return make_fx(step, tracing_mode="fake")(*(t.detach() for t in arguments))
+
+
+def _update(p: Tensor, m: Tensor, v: Tensor, g: Tensor, row: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The new parameter and moments. As in torch, numbers of half precision are computed with in single precision."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    p, m, v, g = (t.to(dtype) for t in (p, m, v, g))
+    rate1, beta2, rate2, size, root, eps, shrink = row.to(dtype).unbind()  # or a 0-dim p would take their dtype
+    if decoupled:
+        p = p * shrink
+    else:
+        g = g + shrink * p
+    m, v = torch.lerp(m, g, rate1), v * beta2 + rate2 * g * g
+    return p - size * m / (v.sqrt() * root + eps), m, v
+
+
+def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is what the class of the optimizer says: no extras, no hooks, no other function in its place."""
+    step = vars(optimizer).get("step")  # a scheduler wraps that of the class, to know that it was called
+    return (
+        not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+        and (step is None or getattr(step, "__wrapped__", None) is type(optimizer).step)
+        and not any(group.get(name) for group in optimizer.param_groups for name in EXTRAS)
+    )
+
+
+def _is_decoupled(group: dict[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay"))
+
+
+def _has_moments(p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a parameter has taken a step of Adam that the graph can go on from."""
+    moments = [state.get("exp_avg"), state.get("exp_avg_sq")]
+    like = all(isinstance(t, Tensor) and (t.shape, t.dtype, t.device) == (p.shape, p.dtype, p.device) for t in moments)
+    return like and isinstance(state.get("step"), Tensor) and not p.is_complex()
+
+
+def _objects(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What an optimizer consists of, apart from the numbers of its groups, in an order that tells which is where."""
+    found: list[Any] = []
+    for group in optimizer.param_groups:
+        found.append(_is_decoupled(group))
+        found.extend(group["params"])
+    for state in optimizer.state.values():
+        found.extend(state.values())
+    return found
+
+
+def _values(counts: list[Tensor]) -> list[int]:
+    """The values of step counts, with one wait if they are on a GPU."""
+    return [int(n) for n in torch.stack([c.to(counts[0].device) for c in counts]).tolist()] if counts else []
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
