@@ -18,38 +18,25 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import ELBO, Trace_ELBO
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_vae.compiled.plans import Call, Plan, call_of
-from pyro_vae.compiled.recording import Untraceable, record_gradients
-from pyro_vae.compiled.watch import Watch
-from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
+from pyro_vae.compiled.audit import Diverged
+from pyro_vae.compiled.plans import Call, Plan
+from pyro_vae.compiled.recordings import LossAndGradients, Recordings
+from pyro_vae.objectives.protocol import annealed
 from pyro_vae.pairs.modes import random_state, set_random_state
+from pyro_vae.pairs.threads import one_thread
 
-__all__ = ["CompiledELBO", "LossAndGradients"]
-
-
-class LossAndGradients(NamedTuple):
-    """What one step of an optimizer needs.
-
-    Attributes:
-        loss: the loss that the ELBO reports, 0-dim.
-        norm: the norm of all gradients together, 0-dim.
-        gradients: pairs (leaf tensor, gradient of the weighted loss).
-    """
-
-    loss: Tensor
-    norm: Tensor
-    gradients: list[tuple[Tensor, Tensor]]
+__all__ = ["CompiledELBO"]
 
 
 class CompiledELBO(ELBO):
@@ -100,10 +87,7 @@ class CompiledELBO(ELBO):
             raise ValueError(f"cache_size: expected at least 1, got {cache_size}.")
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size
-        self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
-        self._met: set[tuple] = set()  # pairs that have run once, so that their parameters exist
-        self._recorded: dict[tuple, int] = {}  # how often a signature was recorded since its last replay
-        self._refused: set[tuple] = set()  # signatures for which Pyro runs as it is
+        self._pairs: OrderedDict[tuple, Recordings] = OrderedDict()  # the most recently used last
         self._steps = count()
 
     def __getattr__(self, name: str) -> Any:
@@ -111,10 +95,22 @@ class CompiledELBO(ELBO):
             raise AttributeError(name)
         return getattr(self.elbo, name)  # num_particles and the like
 
+    @property
+    def plans(self) -> list[Plan]:
+        """The recordings in use, of all pairs."""
+        return [plan for pair in self._pairs.values() for plan in pair.plans]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why Pyro runs as it is, where it does: empty if all calls but the first ones are compiled."""
+        return [reason for pair in self._pairs.values() for reason in pair.reasons]
+
+    @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """The loss alone, for evaluation. It is not compiled."""
         return self.elbo.loss(model, guide, *args, **kwargs)
 
+    @one_thread
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Returns the loss and adds its gradients to those of the parameters.
 
@@ -123,146 +119,98 @@ class CompiledELBO(ELBO):
         schedule = annealed(self.elbo)
         if schedule is not None:  # it moves between runs: a recording of the move would repeat it
             schedule.set_step(next(self._steps))
-        found = self._replay(model, guide, args, kwargs)
+        found = self._run(model, guide, args, kwargs)
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
-        (loss, _, gradients), names = found
-        for name in names:
-            pyro.param(name)
-        for leaf, gradient in gradients:
+        for leaf, gradient in found.gradients:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-        value = loss.item()
+        value = found.loss.item()
         warn_if_nan(value, "loss")
         return value
 
+    @one_thread
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor that can be differentiated once, with respect to the parameters."""
-        found = self._replay(model, guide, args, kwargs) if torch.is_grad_enabled() else None
-        if found is None or not found[0].gradients:
+        found = self._run(model, guide, args, kwargs)
+        if found is None:
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
-        (loss, _, gradients), names = found
-        for name in names:
-            pyro.param(name)
-        leaves, values = zip(*gradients, strict=True)
-        return _Differentiable.apply(loss.to(leaves[0].dtype), values, *leaves)
-
-    def loss_and_gradients(
-        self, model: Callable, guide: Callable, args: tuple, weight: Tensor, *, generate_code: bool = True
-    ) -> LossAndGradients | None:
-        """The loss, and the gradients of weight × loss. `.grad` stays as it is. None if the call has no graph.
-
-        Args:
-            model: the model.
-            guide: the guide.
-            args: what both are called with.
-            weight: the factor of the loss in the gradients, 0-dim.
-            generate_code: False where these shapes are too rare to be worth generated code.
-        """
-        found = self._replay(model, guide, args, {}, weight, generate_code)
-        return None if found is None else found[0]
+        if not found.gradients:
+            return found.loss
+        leaves, values = zip(*found.gradients, strict=True)
+        return _Differentiable.apply(found.loss.to(leaves[0].dtype), values, *leaves)
 
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return self.elbo._get_trace(model, guide, args, kwargs)
 
-    # -- recordings ---------------------------------------------------------------------------------------------------
+    def _run(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> LossAndGradients | None:
+        """Loss and gradients, with `pyro.param` called for each parameter. None if Pyro must run as it is."""
+        call = self.find(model, guide, args, kwargs)
+        state = random_state()
+        try:
+            found = None if call is None else self.run(model, guide, call)
+        except Diverged as error:
+            set_random_state(state)
+            warnings.warn(f"CompiledELBO: {error}.", stacklevel=3)
+            return None
+        if found is not None:
+            for name in found.stored:
+                pyro.param(name)
+        return found
+
+    # -- for who takes the steps, as `fit` does -----------------------------------------------------------------------
 
     def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None = None) -> Call | None:
-        """The call with its recording, if there is one. None if Pyro must run as it is."""
-        if (model, guide) not in self._met:
-            self._met.add((model, guide))
-            return None
-        if any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
+        """The call, with its recording if there is one. None if Pyro must run as it is."""
+        if not torch.is_grad_enabled() or any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             return None  # the next call may have other handlers around it
-        call = call_of(model, guide, args, kwargs or {})
-        if call is None or call.key in self._refused:
-            return None
-        plans = self._plans.setdefault(call.key, [])
-        self._plans.move_to_end(call.key)
-        return call._replace(plan=next((plan for plan in plans if plan.holds()), None))
+        return self._pair(model, guide).find(args, kwargs or {})
 
-    def _replay(
-        self,
-        model: Callable,
-        guide: Callable,
-        args: tuple,
-        kwargs: dict,
-        weight: Tensor | None = None,
-        generate_code: bool = True,
-    ) -> tuple[LossAndGradients, list[str]] | None:
-        """Loss, gradients and the names of the parameters. None if Pyro must run as it is."""
-        call = self.find(model, guide, args, kwargs)
-        if call is None:
-            return None
+    def run(
+        self, model: Callable, guide: Callable, call: Call, weight: Tensor | None = None, *, generate_code: bool = True
+    ) -> LossAndGradients | None:
+        """The loss, and the gradients of weight × loss. `.grad` stays as it is. None if Pyro must run as it is.
+
+        Args:
+            model: the model.
+            guide: the guide.
+            call: of both, as found.
+            weight: the factor of the loss in the gradients, 0-dim; default: one.
+            generate_code: False where these shapes are too rare to be worth generated code.
+
+        Raises:
+            Diverged: an audit found another loss than plain Pyro's.
+        """
         device = call.inputs[0].device if call.inputs else None
         inputs = [*call.inputs, torch.ones((), device=device) if weight is None else weight]
-        if call.plan is None:
-            return self._record(call, inputs)
-        graph = call.plan.graph
-        self._recorded[call.key] = 0
-        if self.backend == "inductor" and generate_code:
+        plan = call.plan
+        if plan is None:
+            return self._pair(model, guide).record(call, inputs)
+        graph = plan.graph
+        if self.backend == "inductor" and generate_code and plan.pays:
             graph.generate_code(*inputs)
-        (loss, norm), gradients = graph(*inputs)
-        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(call.plan.stored)
 
-    def _record(self, call: Call, inputs: list[Tensor]) -> tuple[LossAndGradients, list[str]] | None:
-        """Records one call. The results of the recorded run are those of the call."""
-        key, (model, guide) = call.key, call.key[:2]
-        plans = self._plans[key]
-        if self._recorded.get(key, 0) >= self.cache_size:
-            what = next((w for w in (plan.watch.changed() for plan in reversed(plans)) if w), "a parameter")
-            self._refuse(key, f"{what} is another in each call; try a tensor, or an argument of the model")
-            return None
-        store = pyro.get_param_store()
-        state, known = random_state(), set(store.keys())
-        stored: dict[str, Tensor] = {}
-        try:
-            results, gradients, graph = record_gradients(self._run_of(call, stored), *inputs[:-1], weight=inputs[-1])
-        except Untraceable as error:
-            set_random_state(state)
-            self._refuse(key, str(error))
-            return None
-        if not gradients and not stored and not has_differentiable_loss(self.elbo):
-            set_random_state(state)
-            self._refuse(key, f"{type(self.elbo).__name__} sees no parameter in Pyro's store")
-            return None
-        if set(store.keys()) != known:  # the run made a parameter: record the next call, which finds it there
-            set_random_state(state)
-            return None
-        plans.append(Plan(graph, Watch(model, guide, self.elbo, *call.static), stored, call.static))
-        self._recorded[key] = self._recorded.get(key, 0) + 1
-        while sum(map(len, self._plans.values())) > self.cache_size:
-            oldest = next(key for key, kept in self._plans.items() if kept)
-            self._plans[oldest].pop(0)
-        loss, norm = results
-        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True))), list(stored)
+        def replay() -> LossAndGradients:
+            (loss, norm), gradients = graph(*inputs)
+            return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True)), list(plan.stored))
 
-    def _run_of(self, call: Call, stored: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
-        """The function of a call's inputs that is recorded. Its run puts parameters of Pyro's store into `stored`."""
-        model, guide = call.key[:2]
+        return plan.audit.replay(replay, call.args, call.kwargs, inputs, fused=graph.generated)
 
-        def run(*inputs: Tensor) -> list[Tensor]:
-            args, kwargs = call.arguments(inputs)
-            with poutine.trace(param_only=True) as seen:
-                if has_differentiable_loss(self.elbo):
-                    # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
-                    loss = self.elbo.differentiable_loss(model, guide, *args, **kwargs)
-                    if isinstance(loss, Tensor) and loss.requires_grad:
-                        loss.backward()
-                        loss = loss.detach()
-                else:
-                    loss = self.elbo.loss_and_grads(model, guide, *args, **kwargs)
-            stored.update({n: s["value"].unconstrained() for n, s in seen.trace.nodes.items() if s["type"] == "param"})
-            if not isinstance(loss, Tensor):
-                raise Untraceable(f"{type(self.elbo).__name__}.loss_and_grads returns a {type(loss).__name__}")
-            return [loss]
+    def _pair(self, model: Callable, guide: Callable) -> Recordings:
+        """The recordings of a pair."""
+        key = (_identity(model), _identity(guide), id(self.elbo))
+        if key not in self._pairs:
+            self._pairs[key] = Recordings(model, guide, self.elbo, self.cache_size)
+        self._pairs.move_to_end(key)
+        while len(self._pairs) > self.cache_size:
+            self._pairs.popitem(last=False)
+        return self._pairs[key]
 
-        return run
 
-    def _refuse(self, key: tuple, reason: str) -> None:
-        if not any(k[:2] == key[:2] for k in self._refused):
-            warnings.warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.", stacklevel=5)
-        self._refused.add(key)
-        self._plans.pop(key, None)
+def _identity(function: Callable) -> tuple[int, ...]:
+    """What tells functions apart: they may be unhashable, and a bound method is another object in each call."""
+    if isinstance(function, MethodType):
+        return id(function.__self__), id(function.__func__)
+    return (id(function),)
 
 
 class _Differentiable(torch.autograd.Function):

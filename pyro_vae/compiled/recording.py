@@ -130,7 +130,7 @@ def _lift(module: GraphModule) -> list[Tensor]:
     """Makes the tensors that a graph holds its first inputs, and returns them."""
     graph = module.graph
     lifted: dict[int, tuple[Tensor, Node]] = {}
-    first = next(iter(graph.nodes))
+    first = next(node for node in graph.nodes if node.op != "get_attr")  # those are erased, and nothing stands at them
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = getattr(module, node.target)

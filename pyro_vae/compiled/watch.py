@@ -1,38 +1,45 @@
-"""Watches what a function reads: numbers in closures, globals and attributes, and the tensors that modules hold.
+"""Watches what a function reads: whether anything is another object, or another number, than when it was recorded.
 
-A recorded graph keeps the numbers that its run read. So each replay asks first whether one of them has changed.
+A recorded graph keeps what its run read besides tensors. So each replay asks first whether one of these has changed.
+What is mutable is compared by identity, numbers and strings by value. Tensors are inputs of the graph, which reads
+their values anew; only one that is replaced is a change.
+
+The question is asked in every step. So it is first answered by a few loops in C over what is the very same object, and
+only where something is not, one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from types import CellType, FunctionType, MethodType, ModuleType
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain
+from operator import getitem, is_
+from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+
+from pyro_vae.compiled.reach import MISSING, NUMBERS, Reach, read_attribute
 
 __all__ = ["Watch"]
 
-NUMBERS = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-MOST = 5000  # so many objects are looked into, and no more
-LIBRARIES = ("torch", "numpy", "pyro.distributions", "pyro.ops", "pyro.infer.util", "builtins", "math")
-PYRO = ("pyro", __name__.partition(".")[0])  # only closures of their functions: these read no global that changes
+LARGEST_ARRAY = 2**14  # bytes of a NumPy array that is compared with a copy
 
 
 class Watch:
-    """Remembers what some functions and objects can reach: numbers by value, tensors and modules by identity.
-
-    It looks into closures, the globals that a function names, bound objects, `functools.partial`, attributes of objects
-    and modules, lists, tuples and dicts. It does not look into libraries.
+    """Remembers what some functions and objects can read (`pyro_vae.compiled.reach`), and says what has changed.
 
     Args:
         *roots: the functions, modules and other objects to start from.
 
+    Attributes:
+        moving: what gives something else whenever it is read, such as an iterator, by name. None if nothing does.
+
     Example:
+        >>> from torch import nn
         >>> class Scaled(nn.Module):
-        ...     beta = 1.0
+        ...     def forward(self, x):
+        ...         return self.beta * x
         >>> scaled = Scaled()
         >>> scaled.beta = 0.5
         >>> watch = Watch(scaled)
@@ -42,109 +49,208 @@ class Watch:
     """
 
     def __init__(self, *roots: Any) -> None:
-        self._items: list[tuple[Callable, Any, Any, str]] = []  # how to read it, its key, its value, whose it is
-        self._sizes: list[tuple[Any, int, str]] = []
-        self._seen: set[int] = set()
-        self._kept: list[Any] = []  # what was seen: kept alive, so that no other object gets its id
-        for root in roots:
-            self._walk(root)
+        found = Reach(*roots)
+        self.moving = found.moving
+        self._entries = _Entries(found.entries)
+        self._contents = _Contents(found.containers, found.sized)
+        self._parts = (self._entries, self._contents, _Attributes(found.attributes), _Arrays(found.arrays))
 
     def changed(self) -> str | None:
         """The name of something that has changed. None if nothing has."""
-        for container, size, owner in self._sizes:
-            if len(container) != size:
-                return f"an attribute of {owner}"
-        for read, key, value, owner in self._items:
-            try:
-                now = read(key)
-            except (KeyError, IndexError, ValueError):
-                return f"{key!r} of {owner}"
-            if now is not value and not (type(now) is type(value) and isinstance(now, NUMBERS) and now == value):
-                return f"{key!r} of {owner}"
+        for part in self._parts:
+            if not part.is_identical():
+                for name in part.changes():
+                    return name
+                part.remember()  # other objects, but the same numbers
         return None
 
-    def _walk(self, root: Any) -> None:
-        if id(root) in self._seen or isinstance(root, (*NUMBERS, Tensor, type)) or len(self._seen) > MOST:
-            return
-        self._seen.add(id(root))
-        self._kept.append(root)
-        if isinstance(root, MethodType):
-            self._walk(root.__self__)
-            self._walk(root.__func__)
-        elif isinstance(root, partial):
-            for part in (root.func, root.args, root.keywords):
-                self._walk(part)
-        elif isinstance(root, FunctionType):
-            self._function(root)
-        elif isinstance(root, dict):
-            self._mapping(root, "a dict")
-        elif isinstance(root, (list, tuple)) and len(root) <= 64:
-            for i, value in enumerate(root):
-                self._take(root.__getitem__, i, value, f"a {type(root).__name__}")
-        elif hasattr(root, "__dict__") and not _belongs_to(type(root).__module__, LIBRARIES):
-            self._mapping(vars(root), type(root).__name__)
-            self._forward(root)
-        elif isinstance(root, nn.Module):
-            self._mapping(vars(root), type(root).__name__)
+    def changed_by_run(self) -> str | None:
+        """As `changed`, where only a run of the functions can have changed something since the last look.
 
-    def _forward(self, root: Any) -> None:
-        for name in ("forward", "__call__"):
-            function = getattr(type(root), name, None)
-            if isinstance(function, FunctionType):
-                self._walk(function)
+        What an object of a library makes anew in every run, such as the plates of an autoguide, is its scratch and no
+        number that is read: it is not watched from now on.
+        """
+        self._entries.add(self._contents.drop_scratch())
+        return self.changed()
 
-    def _function(self, function: FunctionType) -> None:
-        library = _belongs_to(function.__module__, (*LIBRARIES, *PYRO))
-        if library and not function.__closure__:
-            return
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            try:
-                value = cell.cell_contents
-            except ValueError:  # not bound yet
+    def restore(self) -> None:
+        """Puts back what has changed."""
+        for part in self._parts:
+            if not part.is_identical():
+                part.restore()
+
+
+class _Entries:
+    """Single values of namespaces: dicts, and classes."""
+
+    def __init__(self, entries: list[tuple[Any, str, str]]) -> None:
+        self.entries = entries
+        self.remember()
+
+    def remember(self) -> None:
+        self.spaces = [vars(space) if isinstance(space, type) else space for space, _, _ in self.entries]
+        self.keys = [key for _, key, _ in self.entries]
+        self.values = list(map(getitem, self.spaces, self.keys))
+
+    def add(self, entries: list[tuple[Any, str, str, Any]]) -> None:
+        """Adds entries, with the values that they had."""
+        for space, key, owner, value in entries:
+            self.entries.append((space, key, owner))
+            self.spaces.append(space)
+            self.keys.append(key)
+            self.values.append(value)
+
+    def is_identical(self) -> bool:
+        try:
+            return all(map(is_, map(getitem, self.spaces, self.keys), self.values))
+        except KeyError:
+            return False
+
+    def changes(self) -> Iterator[str]:
+        for space, value, (_, key, owner) in zip(self.spaces, self.values, self.entries, strict=True):
+            if not _same(space.get(key, MISSING), value):
+                yield f"{key!r} of {owner}"
+
+    def restore(self) -> None:
+        for space, value, (target, key, _) in zip(self.spaces, self.values, self.entries, strict=True):
+            if space.get(key, MISSING) is value:
                 continue
-            self._take(_Cell(cell), name, value, function.__qualname__)
-        if not library:
-            self._globals(function)
-        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-            self._walk(value)
-
-    def _globals(self, function: FunctionType) -> None:
-        """Takes the globals that a function names, and the numbers that it may read from modules among them."""
-        names = function.__globals__
-        for name in function.__code__.co_names:
-            if name not in names or isinstance(names[name], type):
-                continue
-            if isinstance(names[name], ModuleType):
-                inside = vars(names[name])
-                for attribute in function.__code__.co_names:
-                    if isinstance(inside.get(attribute), NUMBERS) and attribute in inside:
-                        self._take(inside.__getitem__, attribute, inside[attribute], f"module {name!r}")
+            if isinstance(target, type):
+                setattr(target, key, value)
             else:
-                self._take(names.__getitem__, name, names[name], f"{function.__qualname__}'s module")
-
-    def _mapping(self, mapping: dict, owner: str) -> None:
-        if len(mapping) > 1000:
-            return
-        self._sizes.append((mapping, len(mapping), owner))
-        for key, value in list(mapping.items()):
-            self._take(mapping.__getitem__, key, value, owner)
-
-    def _take(self, read: Callable, key: Any, value: Any, owner: str) -> None:
-        if isinstance(value, (*NUMBERS, Tensor, nn.Module, FunctionType)):
-            self._items.append((read, key, value, owner))
-        self._walk(value)
+                target[key] = value
 
 
-class _Cell:
-    """Reads the cell of a closure. The key, its name, is of no use here."""
+class _Contents:
+    """All elements of containers, and how many names some namespaces have."""
 
-    def __init__(self, cell: CellType) -> None:
-        self._cell = cell
+    def __init__(self, containers: list[tuple[Any, str, bool]], sized: list[tuple[Any, str]]) -> None:
+        self.containers = [(*entry, _copy(entry[0])) for entry in containers]
+        self.sized = [vars(space) if isinstance(space, type) else space for space, _ in sized]
+        self.owners = [owner for _, owner in sized]
+        self.remember()
 
-    def __call__(self, key: Any) -> Any:
-        return self._cell.cell_contents
+    def remember(self) -> None:
+        self.containers = [(*entry, _copy(entry[0])) for *entry, _ in self.containers]
+        self._flatten()
+
+    def _flatten(self) -> None:
+        before = [copy for *_, copy in self.containers]
+        self.elements = list(chain.from_iterable(chain.from_iterable(map(_views, before))))
+        filled = [container for container, _, _, copy in self.containers if copy]
+        self.views = list(chain.from_iterable(map(_views, filled)))  # live ones
+        self.spaces = [*(container for container, *_ in self.containers), *self.sized]
+        self.sizes = list(map(len, self.spaces))
+
+    def is_identical(self) -> bool:
+        same = list(map(len, self.spaces)) == self.sizes
+        return same and all(map(is_, chain.from_iterable(self.views), self.elements))
+
+    def changes(self) -> Iterator[str]:
+        for container, owner, _, copy in self.containers:
+            for key in _differences(container, copy):
+                yield f"{key!r} of {owner}" if isinstance(container, dict) else f"an element of a {owner}"
+        sizes = self.sizes[len(self.containers) :]
+        for space, before, owner in zip(self.sized, sizes, self.owners, strict=True):
+            if len(space) != before:
+                yield f"an attribute of {owner}"
+
+    def drop_scratch(self) -> list[tuple[Any, str, str, Any]]:
+        """Drops the containers of libraries in which objects were replaced; returns their entries that were not."""
+        kept, left = [], []
+        for container, owner, library, copy in self.containers:
+            differ = _differences(container, copy) if library else []
+            if not differ:
+                kept.append((container, owner, library, copy))
+            elif isinstance(container, dict):
+                named = {key: value for key, value in copy.items() if key not in differ or isinstance(value, NUMBERS)}
+                left += [(container, key, owner, value) for key, value in named.items()]
+        if len(kept) < len(self.containers):
+            self.containers = kept
+            self._flatten()
+        return left
+
+    def restore(self) -> None:
+        for container, _, _, copy in self.containers:
+            if isinstance(container, (dict, set, list, deque)) and _differences(container, copy):
+                container.clear()
+                container.extend(copy) if isinstance(container, (list, deque)) else container.update(copy)
 
 
-def _belongs_to(module: str | None, packages: tuple[str, ...]) -> bool:
-    """Whether a module is one of these packages or inside of one; `torch_nets` is not in `torch`."""
-    return any(module == package or (module or "").startswith(f"{package}.") for package in packages)
+class _Attributes:
+    """What only `getattr` reads: slots, cells of closures, the code and defaults of functions."""
+
+    def __init__(self, attributes: list[tuple[Any, str, str]]) -> None:
+        self.things, self.names = [thing for thing, _, _ in attributes], [name for _, name, _ in attributes]
+        self.owners = [owner for _, _, owner in attributes]
+        self.remember()
+
+    def remember(self) -> None:
+        self.values = list(map(read_attribute, self.things, self.names))
+
+    def is_identical(self) -> bool:
+        return all(map(is_, map(read_attribute, self.things, self.names), self.values))
+
+    def changes(self) -> Iterator[str]:
+        for thing, name, value, owner in zip(self.things, self.names, self.values, self.owners, strict=True):
+            if not _same(read_attribute(thing, name), value):
+                yield owner
+
+    def restore(self) -> None:
+        for thing, name, value in zip(self.things, self.names, self.values, strict=True):
+            if read_attribute(thing, name) is not value:
+                delattr(thing, name) if value is MISSING else setattr(thing, name, value)
+
+
+class _Arrays:
+    """Elements of NumPy arrays, if these are small."""
+
+    def __init__(self, arrays: list[tuple[np.ndarray, str]]) -> None:
+        self.arrays = [array for array, _ in arrays if array.nbytes <= LARGEST_ARRAY]
+        self.owners = [owner for array, owner in arrays if array.nbytes <= LARGEST_ARRAY]
+        self.remember()
+
+    def remember(self) -> None:
+        self.copies = [array.copy() for array in self.arrays]
+        self.bytes = [array.tobytes() for array in self.arrays]
+
+    def is_identical(self) -> bool:
+        return [array.tobytes() for array in self.arrays] == self.bytes
+
+    def changes(self) -> Iterator[str]:
+        for array, before, owner in zip(self.arrays, self.bytes, self.owners, strict=True):
+            if array.tobytes() != before:
+                yield owner
+
+    def restore(self) -> None:
+        for array, before in zip(self.arrays, self.copies, strict=True):
+            array[...] = before
+
+
+def _same(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, NUMBERS):
+        return bool(now == before or (now != now and before != before))  # NaN is as it was
+    return isinstance(now, MethodType) and now == before
+
+
+def _copy(container: Any) -> Any:
+    """Its elements: a dict, else a list."""
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
+def _views(container: Any) -> tuple:
+    return (container.keys(), container.values()) if isinstance(container, dict) else (container,)
+
+
+def _differences(container: Any, copy: Any) -> list:
+    """Keys, or places, of elements that are not what they were."""
+    if isinstance(container, dict):
+        gone = [key for key, value in copy.items() if not _same(container.get(key, MISSING), value)]
+        return gone + [key for key in container if key not in copy]
+    if len(container) != len(copy):
+        return [None]
+    return [i for i, (now, before) in enumerate(zip(container, copy, strict=True)) if not _same(now, before)]

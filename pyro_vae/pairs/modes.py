@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 __all__ = [
     "all_owners",
+    "all_random_states",
     "evaluation_mode",
     "fork_random_state",
     "is_recording",
     "owners",
     "random_state",
     "recording",
+    "set_all_random_states",
     "set_random_state",
 ]
 
@@ -118,16 +120,27 @@ def set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
+def all_random_states() -> tuple:
+    """The states of the generators of torch, NumPy and Python."""
+    return random_state(), np.random.get_state(), random.getstate()
+
+
+def set_all_random_states(states: tuple) -> None:
+    """Restores what `all_random_states` returned."""
+    ours, numpy, python = states
+    set_random_state(ours)
+    np.random.set_state(numpy)
+    random.setstate(python)
+
+
 @contextmanager
 def fork_random_state() -> Iterator[None]:
     """Restores the generators of torch, NumPy and Python afterwards."""
-    ours, numpy, python = random_state(), np.random.get_state(), random.getstate()
+    states = all_random_states()
     try:
         yield
     finally:
-        set_random_state(ours)
-        np.random.set_state(numpy)
-        random.setstate(python)
+        set_all_random_states(states)
 
 
 def is_recording() -> bool:

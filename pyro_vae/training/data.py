@@ -47,6 +47,7 @@ class Batches:
         self._integers: dict[int, np.dtype] = {}  # of numpy columns
         self.loader = data if isinstance(data, DataLoader) else None
         self.columns: list[Tensor | np.ndarray] = []
+        self._largest = 0
         if self.loader is not None:
             self.num_rows = len(data.dataset) if hasattr(data.dataset, "__len__") else None
             return
@@ -83,6 +84,13 @@ class Batches:
         if self.loader is not None:
             return len(self.loader) if self.num_rows is not None else None
         return -(-self.num_rows // self.batch_size)
+
+    @property
+    def full_size(self) -> int:
+        """Rows of most batches; only a last one has fewer."""
+        if self.loader is not None:
+            return self.loader.batch_size or self._largest
+        return min(self.batch_size, self.num_rows)
 
     def to(self, device: torch.device | None) -> Batches:
         """Moves the data, or says where each batch is to go."""
@@ -147,6 +155,7 @@ class Batches:
     def _loaded(self) -> Iterator[Batch]:
         for batch in self.loader:
             columns = batch if isinstance(batch, (tuple, list)) else [batch]
+            self._largest = max(self._largest, len(columns[0]))  # a batch sampler has no size of its own
             yield Batch(tuple(c if self.device is None else c.to(self.device) for c in columns), None)
 
 

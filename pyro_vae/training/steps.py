@@ -6,6 +6,8 @@ for, so there the fused optimizer is told to skip that step and all after it, an
 
 from __future__ import annotations
 
+import copy
+import warnings
 from contextlib import nullcontext
 
 import pyro
@@ -14,7 +16,9 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.compiled.adam import WholeStep
+from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.compiled.plans import Call
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.pair import Pair
@@ -61,6 +65,7 @@ class Steps:
         self._last_finite: list[Tensor] = []
         self._factors: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
+        self._agreed: tuple[int, list[Tensor], dict] | None = None  # step, weights and optimizer, as an audit left them
         # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and weights.device.type == "cuda"
@@ -76,15 +81,26 @@ class Steps:
         """
         for objective in self._annealed:
             objective.set_step(self.count)
-        state, size = random_state(), self.data_points(batch)
-        inputs = self._find_whole_step(batch)
-        if inputs is not None:
-            value, norm = self._whole(self._stopped, *inputs)
+        state = random_state()
+        try:
+            return self._step(batch, state, self._find(batch))
+        except Diverged as error:
+            self._go_back(str(error))
+            set_random_state(state)
+            return self._step(batch, state, None)
+
+    def _step(self, batch: Batch, state: tuple[Tensor, list[Tensor]], call: Call | None) -> Tensor:
+        if self._agreed is None and call is not None and call.plan is not None:
+            self._keep_agreed()  # before the first replay
+        size = self.data_points(batch)
+        whole = None if call is None else self._whole_step(batch, call)
+        if whole is not None:
+            value, norm = whole
             value = value / size
             self._look(batch, state, value, norm)
         else:
             self.optimizer.zero_grad(set_to_none=True)
-            value, norm = self._gradients(batch)
+            value, norm = self._gradients(batch, call)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
             self._look(batch, state, value, norm)
             if self.count == 0:
@@ -99,6 +115,8 @@ class Steps:
             if self._whole is not None:
                 self._whole.resume()
         self.count += 1
+        if call is not None and call.plan is not None and call.plan.audit.replays == call.plan.audit.agreed:
+            self._keep_agreed()
         return value
 
     def go_on(self, count: int) -> None:
@@ -141,22 +159,49 @@ class Steps:
                 self._whole.settle(skipped=1)
             self._fail(batch, state, value, norm)
 
-    def _find_whole_step(self, batch: Batch) -> list[Tensor] | None:
-        """The inputs of the whole step, if the loss is recorded and the optimizer is a plain Adam; else None."""
-        full = batch.size == self.batches.batch_size  # a ragged last batch is not worth generating code for
-        if self.compiled is None or self.compiled.backend != "inductor" or not full or self.count == 0:
+    def _find(self, batch: Batch) -> Call | None:
+        """The batch as a call of the compiled objective. None if Pyro runs as it is, as it does in the first step."""
+        if self.compiled is None or self.count == 0:
             return None
-        call = self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
-        if call is None or call.plan is None:
+        return self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
+
+    def _whole_step(self, batch: Batch, call: Call) -> tuple[Tensor, Tensor] | None:
+        """Loss and norm, where a recorded loss and a plain Adam make one graph, whose step this takes; else None."""
+        plan = call.plan
+        if plan is None or self.compiled.backend != "inductor" or not (self._is_full(batch) and plan.pays):
             return None
-        if self._whole is None or self._whole.graph is not call.plan.graph:
+        if self._whole is None or self._whole.graph is not plan.graph:
             if self._whole is not None:
                 self._whole.settle()
                 self._whole = None
-            if not WholeStep.fits(self.optimizer, call.plan.graph):
+            if not WholeStep.fits(self.optimizer, plan.graph):
                 return None
-            self._whole = WholeStep(call.plan.graph, self.optimizer, self.clip_norm)
-        return [*call.inputs, self._factor(self.data_points(batch))]
+            self._whole = WholeStep(plan.graph, self.optimizer, self.clip_norm)
+        if not self._whole.holds():
+            return None
+        whole, inputs = self._whole, [*call.inputs, self._factor(self.data_points(batch))]
+        return plan.audit.replay(lambda: whole(self._stopped, *inputs), call.args, call.kwargs, inputs, fused=True)
+
+    def _is_full(self, batch: Batch) -> bool:
+        """Whether a batch is one of many of its size; a ragged last one is not worth generating code for."""
+        return batch.size == self.batches.full_size
+
+    def _keep_agreed(self) -> None:
+        """Keeps the weights and the optimizer's state, to come back to if an audit finds that a recording is stale."""
+        if self._whole is not None:
+            self._whole.settle()
+        self._agreed = self.count, self.weights.copy(), copy.deepcopy(self.optimizer.state_dict())
+
+    def _go_back(self, reason: str) -> None:
+        """Brings back what `_keep_agreed` kept, and goes on with plain Pyro."""
+        count, weights, optimizer = self._agreed
+        warnings.warn(
+            f"fit: {reason}, from the weights of step {count}; what the steps {count} to {self.count} did is undone.",
+            stacklevel=5,
+        )
+        self.weights.restore(weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.compiled = self._whole = None
 
     def data_points(self, batch: Batch) -> int:
         """How many data points the loss of a batch counts for."""
@@ -168,13 +213,12 @@ class Steps:
             self._factors[size] = torch.tensor(1 / size, device=self.weights.device)
         return self._factors[size]
 
-    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: Batch, call: Call | None = None) -> tuple[Tensor, Tensor]:
         """Loss per data point, and the norm of its gradient, which is now that of the parameters."""
         pair, size = self.pair, self.data_points(batch)
-        if self.compiled is not None and self.count > 0:
-            full = batch.size == self.batches.batch_size
-            found = self.compiled.loss_and_gradients(
-                pair.model, pair.guide, batch.inputs, self._factor(size), generate_code=full
+        if call is not None:
+            found = self.compiled.run(
+                pair.model, pair.guide, call, self._factor(size), generate_code=self._is_full(batch)
             )
             if found is not None:
                 for leaf, gradient in found.gradients:

@@ -40,6 +40,6 @@ def assert_same(elbo, model, guide, *args, backend="eager", calls=4, rtol=1e-6, 
             assert found.keys() == expected[1].keys()
             for name in found:
                 torch.testing.assert_close(found[name], expected[1][name], rtol=1e-5, atol=atol)
-    assert sum(map(len, compiled._plans.values())) == 1
-    assert not compiled._refused
+    assert len(compiled.plans) == 1
+    assert not compiled.reasons
     return compiled

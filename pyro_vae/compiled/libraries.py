@@ -1,0 +1,45 @@
+"""Which code belongs to libraries, and which to the user.
+
+Libraries are told by whole names of packages, and by where these are installed: `torch_nets` is not in `torch`, and a
+script's own `statistics.py` is not Python's.
+"""
+
+from __future__ import annotations
+
+import site
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["is_library"]
+
+OWN = frozenset({"torch", "numpy", "pyro", __name__.partition(".")[0]})  # wherever they are installed
+INSTALLED = frozenset(
+    {
+        *("arviz", "funsor", "functorch", "h5py", "jax", "jaxlib", "matplotlib", "networkx", "numpyro", "opt_einsum"),
+        *("pandas", "PIL", "scipy", "sklearn", "torchvision", "tqdm", "xarray", "zuko"),
+    }
+)
+
+
+def is_library(module: str | None) -> bool:
+    """Whether the module of this name is one of a library that changes nothing by itself."""
+    return _is_library_package((module or "").partition(".")[0])
+
+
+@lru_cache(maxsize=1000)
+def _is_library_package(package: str) -> bool:
+    if package in OWN or package == "builtins":
+        return True
+    if package not in INSTALLED and package not in sys.stdlib_module_names:
+        return False
+    file = getattr(sys.modules.get(package), "__file__", None)
+    return file is None or any(folder in Path(file).resolve().parents for folder in _folders())
+
+
+@lru_cache(maxsize=1)
+def _folders() -> frozenset[Path]:
+    """Where Python keeps its own modules and those that are installed."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return frozenset(Path(path).resolve() for path in (*paths, *site.getsitepackages(), site.getusersitepackages()))

@@ -1,0 +1,221 @@
+"""What a function can read, as far as its code names it: found by walking through closures, globals and objects.
+
+The walk starts from functions and objects. It collects the names that their code mentions, in nested functions too, and
+follows these names through closures, globals, modules, classes and attributes to more code, until nothing is added.
+What a library's object holds is followed whatever its name, as the library's code is not looked into.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae.compiled.libraries import is_library
+
+__all__ = ["MISSING", "NUMBERS", "Reach", "read_attribute"]
+
+NUMBERS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
+CONTAINERS = (dict, list, tuple, deque, set, frozenset)
+MISSING = object()
+MOST_OBJECTS = 5000  # so many are looked into, nearest first, and no more
+LONGEST = 2000  # elements of a container that are looked at one by one
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+NOT_READING = {"__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__", "__reduce__"}
+NOT_READING |= {"__getstate__", "__setstate__", "__del__", "__set_name__"}  # methods that no running model calls
+
+
+class Reach:
+    """All that functions and objects can read.
+
+    Args:
+        *roots: functions, modules and other objects.
+
+    Attributes:
+        entries: (mapping or class, name, owner): one value of a namespace.
+        containers: (container, owner, whether a library holds it): all elements are read.
+        sized: (namespace, owner): of which names may be read that are not there yet.
+        attributes: (object, name, owner): what only `getattr` reads.
+        arrays: (NumPy array, owner): read element by element.
+        moving: what gives something else whenever it is read, such as an iterator, by name. None if nothing does.
+        names: that the code mentions.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self.names: set[str] = set()
+        size = -1
+        while size < len(self.names):  # each round may find more code, which names more
+            size = len(self.names)
+            self._start(roots)
+
+    def _start(self, roots: Iterable[Any]) -> None:
+        self.entries: list[tuple[Mapping | type, str, str]] = []
+        self.containers: list[tuple[Any, str, bool]] = []
+        self.sized: list[tuple[Any, str]] = []
+        self.attributes: list[tuple[Any, str, str]] = []
+        self.arrays: list[tuple[np.ndarray, str]] = []
+        self.moving: str | None = None
+        self._kept: dict[int, Any] = {}  # what was seen: kept alive, so that no other object gets its id
+        self._left: deque[tuple[Any, str, bool]] = deque((root, "", False) for root in roots)
+        while self._left and len(self._kept) < MOST_OBJECTS:
+            self._visit(*self._left.popleft())
+
+    def _follow(self, value: Any, name: str, library: bool = False) -> None:
+        """Looks into a value later. `library`: it is a library that holds it."""
+        self._left.append((value, name, library))
+
+    def _visit(self, thing: Any, name: str, library: bool) -> None:
+        if id(thing) in self._kept or isinstance(thing, (*NUMBERS, Tensor, Trace)):
+            return
+        self._kept[id(thing)] = thing
+        if isinstance(thing, (Iterator, *GENERATORS)) and not library and self.moving is None:
+            self.moving = name
+        if isinstance(thing, FunctionType):
+            self._function(thing)
+        elif isinstance(thing, MethodType):
+            self._follow(thing.__self__, name, library)
+            self._follow(thing.__func__, name, library)
+        elif isinstance(thing, partial):
+            for part in (thing.func, *thing.args, thing.keywords):
+                self._follow(part, name, library)
+        elif isinstance(thing, ModuleType):
+            self._module(thing)
+        elif isinstance(thing, type):
+            self._class(thing, constructed=True)
+        elif isinstance(thing, (staticmethod, classmethod)):
+            self._follow(thing.__func__, name)
+        elif isinstance(thing, property):
+            self._follow(thing.fget, name)
+        else:
+            self._object(thing, library)
+
+    # -- code ---------------------------------------------------------------------------------------------------------
+
+    def _function(self, function: FunctionType) -> None:
+        owner, library = function.__qualname__, is_library(function.__globals__.get("__name__"))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            self._attribute(cell, "cell_contents", f"{name!r} of {owner}", library)
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            self._attribute(function, name, f"{name!r} of {owner}", library)
+        self._follow(function.__dict__, owner, library)
+        if library:
+            return
+        mentioned = set(_mentioned(function.__code__))
+        self.names |= mentioned
+        names = function.__globals__
+        for name in mentioned:
+            if name in names:
+                self._entry(names, name, f"{owner}'s module")
+            else:  # it may be imported inside of the function
+                for module in (name, f"{names.get('__package__')}.{name}"):
+                    self._follow(sys.modules.get(module), name)
+
+    def _module(self, module: ModuleType) -> None:
+        """Takes what code may read from a module by name. Of a library's module this is data, not code."""
+        inside, library = vars(module), is_library(module.__name__)
+        for name in self.names & inside.keys():
+            value = inside[name]
+            if not library or isinstance(value, (*NUMBERS, list, dict, np.ndarray, type(os.environ))):
+                self._entry(inside, name, f"module {module.__name__!r}")
+        if module is os and "getenv" in self.names:
+            self._entry(inside, "environ", "module 'os'")
+
+    def _class(self, cls: type, *, constructed: bool) -> None:
+        """Takes what code may read from a class by name, and the methods that Python calls by itself."""
+        bases: list[type] = [*cls.mro(), *type(cls).__mro__]  # type: ignore[misc]
+        for base in bases:
+            if is_library(base.__module__):
+                continue
+            inside = vars(base)
+            self.sized.append((base, base.__qualname__))
+            for name, value in inside.items():
+                special = isinstance(value, FunctionType) and name.startswith("__")
+                if name in self.names or (special and (constructed or name not in NOT_READING)):
+                    self.entries.append((base, name, base.__qualname__))
+                    self._follow(value, f"{name!r} of {base.__qualname__}")
+
+    # -- objects ------------------------------------------------------------------------------------------------------
+
+    def _object(self, thing: Any, held_by_library: bool) -> None:
+        cls, owner = type(thing), type(thing).__qualname__
+        library = is_library(cls.__module__)
+        if isinstance(thing, np.ndarray):
+            self.arrays.append((thing, "an array"))
+        elif isinstance(thing, CONTAINERS):
+            self._container(thing, f"a {owner}", held_by_library)
+        if not library:
+            self._class(cls, constructed=False)
+            for name in _slots(cls):
+                self._attribute(thing, name, f"{name!r} of {owner}")
+        inside = getattr(thing, "__dict__", None)
+        if not isinstance(inside, dict) or (library and isinstance(thing, CONTAINERS)):
+            return
+        if library or _has_library_parts(cls):
+            self._container(inside, owner, library)
+            return
+        self.sized.append((inside, owner))
+        for name in inside:
+            if name in self.names or (isinstance(thing, nn.Module) and (name.startswith("_") or name == "training")):
+                self._entry(inside, name, owner)
+
+    def _container(self, container: Any, owner: str, library: bool) -> None:
+        if len(container) > LONGEST:
+            self.sized.append((container, owner))
+            return
+        self.containers.append((container, owner, library))
+        for value in container.values() if isinstance(container, dict) else container:
+            self._follow(value, f"an element of {owner}", library)
+
+    def _entry(self, mapping: Mapping, name: str, owner: str) -> None:
+        self.entries.append((mapping, name, owner))
+        self._follow(mapping[name], f"{name!r} of {owner}")
+
+    def _attribute(self, thing: Any, name: str, owner: str, library: bool = False) -> None:
+        self.attributes.append((thing, name, owner))
+        self._follow(read_attribute(thing, name), owner, library)
+
+
+def read_attribute(thing: Any, name: str) -> Any:
+    """The attribute, or `MISSING`: slots and cells may be empty."""
+    try:
+        return getattr(thing, name)
+    except (AttributeError, ValueError):
+        return MISSING
+
+
+def _mentioned(code: CodeType) -> Iterator[str]:
+    """Names and strings in the code of a function and of the functions in it: a string may be a name or a key."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, CodeType):
+            yield from _mentioned(constant)
+
+
+def _slots(cls: type) -> list[str]:
+    """Attributes that objects of a class keep outside of their `__dict__`."""
+    found = [vars(base).get("__slots__", ()) for base in cls.__mro__ if not is_library(base.__module__)]
+    names = [name for slots in found for name in ((slots,) if isinstance(slots, str) else slots)]
+    mangled = [f"_{cls.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names]
+    return [name for name in mangled if name not in ("__dict__", "__weakref__")]
+
+
+def _has_library_parts(cls: type) -> bool:
+    """Whether a library's code may read the attributes of the user's class, by names that the user's does not mention.
+
+    What torch reads of a module begins with an underscore.
+    """
+    harmless = ("builtins", "abc", "typing", "enum", "torch.nn.modules.module", "pyro.nn.module")
+    bases = [base for base in cls.__mro__ if is_library(base.__module__)]
+    return any(base.__module__ not in harmless for base in bases)

@@ -1,0 +1,233 @@
+"""All recordings of one (model, guide) pair: which one answers a call, when a new one is made, and when none may be.
+
+A run that changes something besides tensors itself (a counter, an iterator, Python's random state) cannot be replayed,
+and a number that is another in each call cannot be recorded: Pyro then runs as it is, and one warning says why.
+
+Recordings are made sparingly. The first call of each signature runs as it is, since shapes that come once are not worth
+one; beyond the first few recordings, one is made for so many replays. So a loop in which each batch has another size
+runs at the speed of Pyro, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vae.compiled.audit import Audit
+from pyro_vae.compiled.plans import Call, Plan, call_of
+from pyro_vae.compiled.recording import Untraceable, record_gradients
+from pyro_vae.compiled.watch import Watch
+from pyro_vae.objectives.protocol import has_differentiable_loss
+from pyro_vae.pairs.modes import all_random_states, fork_random_state, set_all_random_states
+from pyro_vae.pairs.untouched import Untouched
+
+__all__ = ["LossAndGradients", "Recordings"]
+
+SIGNATURES = 256  # that are remembered, the latest ones
+REPLAYS_FOR_ONE = 50  # beyond the first recordings, each has to be paid by so many replays
+
+
+class LossAndGradients(NamedTuple):
+    """What one step of an optimizer needs.
+
+    Attributes:
+        loss: the loss that the ELBO reports, 0-dim.
+        norm: the norm of all gradients together, 0-dim.
+        gradients: pairs (leaf tensor, gradient of the weighted loss).
+        stored: names of the parameters in Pyro's store that the loss used.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+    stored: list[str]
+
+
+class Recordings:
+    """The recordings of one pair.
+
+    Args:
+        model: the model.
+        guide: the guide.
+        elbo: the objective.
+        most: how many recordings are kept.
+
+    Attributes:
+        refused: why none is made or used any more. None if they are.
+        reasons: why some were not made.
+    """
+
+    def __init__(self, model: Callable, guide: Callable, elbo: ELBO, most: int) -> None:
+        self.model, self.guide, self.elbo, self.most = model, guide, elbo, most
+        self.refused: str | None = None
+        self.reasons: list[str] = []
+        self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
+        self._unanswered: OrderedDict[tuple, float] = OrderedDict()  # calls of a signature since its last replay
+        self._floats: list[float] | None = None
+        self._moving_floats = self._changed = False
+        self._made = self._replayed = 0
+
+    def find(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+        """The call, with its recording if there is one. None if Pyro must run as it is."""
+        call = call_of(args, kwargs, self._moving_floats)
+        if call is None or self.refused is not None:
+            return None
+        if not self._moving_floats:
+            floats = [leaf for leaf in call.leaves if isinstance(leaf, float)]
+            if self._floats not in (None, floats):
+                self._moving_floats = True
+                return self.find(args, kwargs)
+            self._floats = floats
+        plans = self._plans.get(call.key, [])
+        plan = next((plan for plan in plans if plan.change() is None), None)
+        if plan is not None:
+            self._plans.move_to_end(call.key)
+            self._unanswered[call.key] = 0
+            self._replayed += 1
+        return call._replace(plan=plan)
+
+    def record(self, call: Call, inputs: list[Tensor]) -> LossAndGradients | None:
+        """Records a call that no recording answers; its results are those of the call. None if Pyro must run as it is.
+
+        Args:
+            call: without a plan.
+            inputs: those of the graph, the last one is the factor of the loss in the gradients.
+        """
+        unanswered = self._unanswered.get(call.key, 0)
+        self._unanswered[call.key] = unanswered + 1
+        self._unanswered.move_to_end(call.key)
+        while len(self._unanswered) > SIGNATURES:
+            self._unanswered.popitem(last=False)
+        if unanswered == 0 or unanswered == inf or not self._may_record(call, unanswered):
+            return None
+        watch = Watch(self.model, self.guide, self.elbo, *call.static)
+        if watch.moving is not None:
+            self._end(f"{watch.moving} gives something else whenever it is read", warn=True)
+            return None
+        known, stored = set(pyro.get_param_store().keys()), dict[str, Tensor]()
+        failure, states = None, all_random_states()
+        with Untouched(self.model, self.guide) as untouched:
+            try:
+                results, gradients, graph = record_gradients(
+                    self._run_of(call, stored), *inputs[:-1], weight=inputs[-1]
+                )
+            except Untraceable as error:
+                failure = str(error)
+            done = failure is None and set(pyro.get_param_store().keys()) == known
+            untouched.keep = done
+        if not done:  # Pyro runs as if this run had not been; a parameter that it made is found by the next recording
+            watch.restore()
+            set_all_random_states(states)
+            if failure is not None:
+                self._unanswered[call.key] = inf
+                self._warn(failure)
+            return None
+        changed = watch.changed_by_run() or _random_module_used(states)
+        if changed is None:
+            audit = Audit(graph, partial(self._loss_by_pyro, graph.leaves), self._end)
+            self._keep(call, Plan(graph, watch, stored, call.static, self._made == 0, audit))
+        elif self._changed:  # once may be a set-up
+            self._end(f"{changed} is changed by the model or guide in each run", warn=True)
+        self._changed = changed is not None
+        loss, norm = results
+        return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True)), list(stored))
+
+    def _end(self, reason: str, *, warn: bool = False) -> None:
+        """Makes and uses no recording of this pair any more."""
+        self.refused = reason
+        self._plans.clear()
+        if warn:
+            self._warn(reason)
+        else:
+            self.reasons.append(reason)
+
+    def _may_record(self, call: Call, unanswered: float) -> bool:
+        if unanswered > self.most:
+            changes = (plan.change() for plan in reversed(self._plans.get(call.key, [])))
+            what = next((change for change in changes if change), "a number")
+            self._unanswered[call.key] = inf
+            self._plans.pop(call.key, None)
+            self._warn(f"{what} is another in each call; try a tensor, or an argument of the model")
+            return False
+        if self._made >= self.most + self._replayed // REPLAYS_FOR_ONE:
+            self._warn("shapes or other arguments change too often to be recorded; try batches of few sizes")
+            return False
+        return True
+
+    def _keep(self, call: Call, plan: Plan) -> None:
+        self._plans.setdefault(call.key, []).append(plan)
+        self._plans.move_to_end(call.key)
+        self._made += 1
+        while len(self.plans) > self.most:
+            oldest, plans = next(iter(self._plans.items()))
+            plans.pop(0)
+            if not plans:
+                del self._plans[oldest]
+
+    def _warn(self, reason: str) -> None:
+        """Notes why Pyro runs as it is, and warns of the first reason."""
+        self.reasons.append(reason)
+        if len(self.reasons) == 1:
+            warnings.warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.", stacklevel=7)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All recordings, the most recently used last."""
+        return [plan for plans in self._plans.values() for plan in plans]
+
+    def _loss_by_pyro(self, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The loss by Pyro as it is. Everything is left as it was: state, gradients of `leaves`, random numbers."""
+        gradients = [leaf.grad for leaf in leaves]
+        try:
+            with fork_random_state(), Untouched(self.model, self.guide), pyro.validation_enabled(False):
+                if has_differentiable_loss(self.elbo):
+                    loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                else:  # its backward pass adds to gradients in place
+                    for leaf in leaves:
+                        leaf.grad = None
+                    loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        finally:
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient
+        return torch.as_tensor(loss).detach()
+
+    def _run_of(self, call: Call, stored: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
+        """The function of a call's inputs that is recorded. Its run puts parameters of Pyro's store into `stored`."""
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            args, kwargs = call.with_inputs(inputs)
+            with poutine.trace(param_only=True) as seen:
+                if has_differentiable_loss(self.elbo):
+                    # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
+                    loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                    if isinstance(loss, Tensor) and loss.requires_grad:
+                        loss.backward()
+                        loss = loss.detach()
+                else:
+                    loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            stored.update({n: s["value"].unconstrained() for n, s in seen.trace.nodes.items() if s["type"] == "param"})
+            if not isinstance(loss, Tensor):
+                raise Untraceable(f"{type(self.elbo).__name__}.loss_and_grads returns a {type(loss).__name__}")
+            return [loss]
+
+        return run
+
+
+def _random_module_used(before: tuple) -> str | None:
+    """Name of the state of a random module that is another now, and that no graph draws from."""
+    _, numpy, python = all_random_states()
+    if python != before[2]:
+        return "Python's random state"
+    same = all(np.array_equal(now, was) for now, was in zip(numpy, before[1], strict=True))
+    return None if same else "NumPy's random state"
