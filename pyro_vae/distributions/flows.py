@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from pyro_vae.distributions.state import Copied, tensors_of, versions
 from pyro_vae.distributions.structure import Broadcasting, condition
 
 __all__ = ["ConditionalFlow"]
@@ -78,7 +79,7 @@ class ConditionalFlow(Broadcasting):
             if self.network is not None:
                 context = self.network(*rows)
                 context = context.reshape(*batch, context.shape[-1])
-        return _Flow(base, [self._transform(t, context) for t in self.transforms])
+        return _Flow(base, [self._transform(t, context) for t in self.transforms], self.transforms_modules)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the last draw, which Pyro's transforms cache: a copy of a used flow holds only weights."""
@@ -109,13 +110,25 @@ def _modules(transform: Any) -> list[nn.Module]:
     return [inverse] if isinstance(inverse, nn.Module) else []
 
 
-class _Flow(dist.TransformedDistribution):
-    """A transformed distribution that scores its last draw from the noise that made it."""
+class _Flow(Copied, dist.TransformedDistribution):
+    """A transformed distribution that scores its last draw from the noise that made it, as long as neither the draw
+    nor a parameter is changed in place.
 
-    _draw: tuple[Tensor, Tensor, int] | None = None  # the last draw, its log-probability and its version
+    Args:
+        base: distribution of y₀.
+        transforms: T_1, …, T_L.
+        weights: modules whose weights the transforms use.
+    """
+
+    # the last draw, its log-probability, the tensors that this is made of, and how often these were changed
+    _draw: tuple[Tensor, Tensor, list[Tensor], tuple[int, ...]] | None = None
+
+    def __init__(self, base: Any, transforms: Sequence[Transform], weights: nn.Module) -> None:
+        super().__init__(base, list(transforms))
+        self._weights = weights
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> _Flow:
-        return _Flow(self.base_dist.expand(Size(batch_shape)), self.transforms)
+        return _Flow(self.base_dist.expand(Size(batch_shape)), self.transforms, self._weights)
 
     def rsample(self, sample_shape: Size = Size()) -> Tensor:
         value = self.base_dist.rsample(sample_shape)
@@ -125,7 +138,9 @@ class _Flow(dist.TransformedDistribution):
             jacobian = transform.log_abs_det_jacobian(previous, value)
             elements = range(1 - transform.domain.event_dim)  # dimensions to sum over, if it acts on single ones
             log_prob = log_prob - (jacobian.sum([-1 - i for i in elements]) if elements else jacobian)
-        self._draw = value, log_prob, value._version
+        made_of = [value, *tensors_of(self.base_dist, self.transforms, self._weights)]
+        now = versions(made_of)
+        self._draw = None if now is None else (value, log_prob, made_of, now)
         return value
 
     def sample(self, sample_shape: Size = Size()) -> Tensor:
@@ -136,7 +151,7 @@ class _Flow(dist.TransformedDistribution):
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
+        if self._draw is not None and self._draw[0] is value and self._draw[3] == versions(self._draw[2]):
             return self._draw[1]
         batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # conditional transforms do not broadcast
         try:

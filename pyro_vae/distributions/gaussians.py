@@ -21,20 +21,21 @@ from torch import Size, Tensor
 from torch.distributions import Independent, constraints, register_kl
 from torch.distributions import LowRankMultivariateNormal as TorchLowRank
 from torch.distributions import MultivariateNormal as TorchMultivariateNormal
-from torch.distributions.utils import lazy_property
+
+from pyro_vae.distributions.state import Copied, computed, versions
 
 __all__ = ["LowRankMultivariateNormal", "MultivariateNormal"]
 
 
-class MultivariateNormal(dist.MultivariateNormal):
+class MultivariateNormal(Copied, dist.MultivariateNormal):
     """N(μ, L Lᵀ) over an event of any shape. It scores its own draws from the noise that generated them.
 
     If L is ill-conditioned, a triangular solve in float32 can lose many nats of log q(z) on a draw z = μ + L ε, because
     z was rounded. The noise ε was not rounded: log q(z) = −½ |ε|² − Σ log L_ii − d/2 log 2π. The last draw from
     `rsample` or `sample` is remembered and scored this way, with the gradients of the solve. Any other value is scored
-    by the solve.
+    by the solve, as is the draw itself once it or a parameter was changed in place.
 
-    The factor is stored as L = diag(τ) (I + A), where A is strictly lower triangular.
+    The factor is L = diag(τ) (I + A), where A is strictly lower triangular.
 
     Args:
         loc: μ, (*batch, d).
@@ -49,7 +50,7 @@ class MultivariateNormal(dist.MultivariateNormal):
         (torch.Size([]), torch.Size([2, 2]))
     """
 
-    _draw: tuple[Tensor, Tensor, int] | None = None  # the last draw, its noise and its version
+    _draw: tuple[Tensor, Tensor, tuple[int, ...]] | None = None  # the last draw, its noise, and versions
 
     def __init__(
         self,
@@ -61,14 +62,12 @@ class MultivariateNormal(dist.MultivariateNormal):
         lower: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if scale_tril is not None:
-            scale = scale_tril.diagonal(dim1=-2, dim2=-1)
-            lower = scale_tril.tril(-1) / scale.unsqueeze(-1)
+        self._parts = (scale, lower) if scale_tril is None else (scale_tril,)  # as they were given: they may change
         shape = Size(loc.shape[-1:] if event_shape is None else event_shape)
         if prod(shape) != loc.shape[-1]:
             raise ValueError(f"MultivariateNormal: expected {loc.shape[-1]} elements, got event shape {event_shape}.")
-        batch = torch.broadcast_shapes(loc.shape[:-1], scale.shape[:-1])
-        self.loc, self._scale, self._lower = loc.expand(*batch, loc.shape[-1]), scale, lower
+        batch = torch.broadcast_shapes(loc.shape[:-1], self._scale.shape[:-1])
+        self.loc = loc.expand(*batch, loc.shape[-1])
         TorchDistribution.__init__(self, batch, shape, validate_args=validate_args)
         if self._validate_args and scale_tril is not None and not constraints.lower_cholesky.check(scale_tril).all():
             raise ValueError(
@@ -79,10 +78,18 @@ class MultivariateNormal(dist.MultivariateNormal):
     def expand(self, batch_shape: Size, _instance: Any = None) -> MultivariateNormal:
         new = type(self).__new__(type(self)) if _instance is None else _instance
         shape = Size(batch_shape)
-        new.loc, new._scale, new._lower = self.loc.expand(*shape, self.loc.shape[-1]), self._scale, self._lower
+        new.loc, new._parts = self.loc.expand(*shape, self.loc.shape[-1]), self._parts
         TorchDistribution.__init__(new, shape, self._event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    @property
+    def _scale(self) -> Tensor:
+        return self._parts[0] if len(self._parts) == 2 else self._parts[0].diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def _lower(self) -> Tensor:
+        return self._parts[1] if len(self._parts) == 2 else self._parts[0].tril(-1) / self._scale.unsqueeze(-1)
 
     @property
     def support(self) -> Any:
@@ -99,25 +106,28 @@ class MultivariateNormal(dist.MultivariateNormal):
         variance = self._unbroadcasted_scale_tril.square().sum(-1)
         return variance.expand(self.loc.shape).reshape(self._extended_shape())
 
-    @lazy_property
+    @computed
     def _unbroadcasted_scale_tril(self) -> Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0].tril()
         return torch.diag_embed(self._scale) + self._scale.unsqueeze(-1) * self._lower
 
-    @lazy_property
+    @computed
     def scale_tril(self) -> Tensor:
         """L of the flattened event, (*batch, d, d)."""
-        return self._unbroadcasted_scale_tril.expand(*self.batch_shape, *self._lower.shape[-2:])
+        return self._unbroadcasted_scale_tril.expand(*self.batch_shape, *self._parts[-1].shape[-2:])
 
-    @lazy_property
+    @computed
     def covariance_matrix(self) -> Tensor:
         """Σ = L Lᵀ of the flattened event, (*batch, d, d)."""
         tril = self._unbroadcasted_scale_tril
-        return (tril @ tril.mT).expand(self.scale_tril.shape)
+        return (tril @ tril.mT).expand(*self.batch_shape, *tril.shape[-2:])
 
-    @lazy_property
+    @computed
     def precision_matrix(self) -> Tensor:
         """Σ⁻¹ of the flattened event, (*batch, d, d)."""
-        return torch.cholesky_inverse(self._unbroadcasted_scale_tril).expand(self.scale_tril.shape)
+        tril = self._unbroadcasted_scale_tril
+        return torch.cholesky_inverse(tril).expand(*self.batch_shape, *tril.shape[-2:])
 
     def entropy(self) -> Tensor:
         return (self._scale.log().sum(-1) + 0.5 * self.loc.shape[-1] * (1 + log(2 * pi))).expand(self._batch_shape)
@@ -126,18 +136,20 @@ class MultivariateNormal(dist.MultivariateNormal):
         eps = torch.randn(*sample_shape, *self.loc.shape, dtype=self.loc.dtype, device=self.loc.device)
         value = self.loc + self._scale * (eps + torch.einsum("...ij,...j->...i", self._lower, eps))
         value = value.reshape(self._extended_shape(Size(sample_shape)))
-        self._draw = (value, eps, value._version)
+        now = versions((value, self.loc, *self._parts))
+        self._draw = None if now is None else (value, eps, now)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         flat = value.reshape(*value.shape[: value.dim() - len(self._event_shape)], -1)
-        if self._draw is not None and self._draw[0] is value and self._draw[2] == value._version:
-            eps = _Noise.apply((flat - self.loc) / self._scale, self._lower, self._draw[1])
+        scale, drawn = self._scale, self._draw is not None and self._draw[0] is value
+        if drawn and self._draw[2] == versions((value, self.loc, *self._parts)):
+            eps = _Noise.apply((flat - self.loc) / scale, self._lower, self._draw[1])
         else:
-            eps = _solve(self._lower, (flat - self.loc) / self._scale)
-        return -0.5 * (eps.square().sum(-1) + eps.shape[-1] * log(2 * pi)) - self._scale.log().sum(-1)
+            eps = _solve(self._lower, (flat - self.loc) / scale)
+        return -0.5 * (eps.square().sum(-1) + eps.shape[-1] * log(2 * pi)) - scale.log().sum(-1)
 
 
 class _Noise(torch.autograd.Function):
@@ -166,7 +178,7 @@ def _solve(lower: Tensor, x: Tensor, upper: bool = False) -> Tensor:
     return torch.linalg.solve_triangular(lower, columns, **options).movedim(-1, 0).reshape(x.shape)
 
 
-class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
+class LowRankMultivariateNormal(Copied, dist.LowRankMultivariateNormal):
     """N(μ, Σ) with Σ = F Fᵀ + D, F (d × rank) and D diagonal, accurate in float32 however small D is beside F Fᵀ.
 
     The Woodbury identity gives xᵀ Σ⁻¹ x = xᵀ D⁻¹ x − |C^−½ Fᵀ D⁻¹ x|² with C = I + Fᵀ D⁻¹ F. If D is small, this is a
@@ -187,18 +199,64 @@ class LowRankMultivariateNormal(dist.LowRankMultivariateNormal):
         tensor(14.6146)
     """
 
+    _kept: tuple[tuple[Any, bool], tuple[Tensor, Tensor]] | None = None  # [Q₁; Q₂] and Rᵀ, and what they are of
+
     def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor, validate_args: bool | None = None) -> None:
         batch = torch.broadcast_shapes(loc.shape[:-1], cov_factor.shape[:-2], cov_diag.shape[:-1])
         self.loc, self.cov_diag = loc.expand(*batch, loc.shape[-1]), cov_diag.expand(*batch, loc.shape[-1])
         self.cov_factor = cov_factor.expand(*batch, *cov_factor.shape[-2:])
         self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
-        self._basis, self._capacitance_tril = _basis(cov_factor, cov_diag)
         TorchDistribution.__init__(self, batch, loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> LowRankMultivariateNormal:
         new = type(self).__new__(type(self)) if _instance is None else _instance
-        new._basis = self._basis
-        return super().expand(batch_shape, new)
+        shape, d, factor = Size(batch_shape), self.loc.shape[-1], self.cov_factor
+        new.loc, new.cov_diag = self.loc.expand(*shape, d), self.cov_diag.expand(*shape, d)
+        new.cov_factor, new._kept = factor.expand(*shape, *factor.shape[-2:]), self._kept
+        new._unbroadcasted_cov_factor = self._unbroadcasted_cov_factor
+        new._unbroadcasted_cov_diag = self._unbroadcasted_cov_diag
+        TorchDistribution.__init__(new, shape, self._event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        """[Q₁; Q₂] and Rᵀ of the parameters as they are now."""
+        parts = self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
+        key = versions(parts), torch.is_grad_enabled()  # what was computed without gradients has none
+        if self._kept is None or key[0] is None or self._kept[0] != key:
+            self._kept = key, _basis(*parts)
+        return self._kept[1]
+
+    @property
+    def _basis(self) -> Tensor:
+        return self._decomposed()[0]
+
+    @property
+    def _capacitance_tril(self) -> Tensor:
+        return self._decomposed()[1]
+
+    @computed
+    def variance(self) -> Tensor:
+        return self.cov_factor.square().sum(-1) + self.cov_diag
+
+    @computed
+    def covariance_matrix(self) -> Tensor:
+        """Σ, (*batch, d, d)."""
+        return self.cov_factor @ self.cov_factor.mT + torch.diag_embed(self.cov_diag)
+
+    @computed
+    def precision_matrix(self) -> Tensor:
+        """Σ⁻¹, (*batch, d, d)."""
+        root = _whitened(self, torch.eye(self.loc.shape[-1], dtype=self.loc.dtype, device=self.loc.device))
+        return (root.mT @ root).expand(self.covariance_matrix.shape)
+
+    @computed
+    def scale_tril(self) -> Tensor:
+        """The Cholesky factor of Σ, (*batch, d, d)."""
+        scale = self.cov_diag.sqrt().unsqueeze(-1)
+        scaled = self.cov_factor / scale
+        identity = torch.eye(scale.shape[-2], dtype=scale.dtype, device=scale.device)
+        return scale * torch.linalg.cholesky(identity + scaled @ scaled.mT)
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:

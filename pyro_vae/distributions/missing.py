@@ -19,6 +19,7 @@ from torch import Size, Tensor
 from torch.distributions import Independent, biject_to, constraints
 
 from pyro_vae.distributions.products import Product
+from pyro_vae.distributions.state import Copied
 from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
 
 __all__ = ["ObservedPart"]
@@ -54,7 +55,7 @@ class ObservedPart(Broadcasting):
         return Observed(condition(self.likelihood, *inputs, event_dims=event_dims, role="likelihood"))
 
 
-class Observed(dist.TorchDistribution):
+class Observed(Copied, dist.TorchDistribution):
     """A distribution with independent elements that treats NaN as missing; see `ObservedPart`.
 
     Args:

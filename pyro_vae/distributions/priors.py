@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.distributions.conditional import positive
+from pyro_vae.distributions.state import Copied
 from pyro_vae.distributions.structure import condition, event_shape_of
 
 __all__ = ["GaussianMixture", "StandardNormal", "VampPrior"]
@@ -104,7 +105,7 @@ class VampPrior(nn.Module):
         return _Mixture(dist.Categorical(logits=u.new_zeros(len(u))), q)
 
 
-class _Mixture(dist.MixtureSameFamily):
+class _Mixture(Copied, dist.MixtureSameFamily):
     """A mixture with the support of its components, in a form that can be mapped to the reals."""
 
     @property

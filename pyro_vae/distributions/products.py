@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from torch.distributions import biject_to, constraints
 
 from pyro_vae.distributions.conditional import Conditional
+from pyro_vae.distributions.state import Copied
 from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
 
 __all__ = ["ConditionalProduct", "Product"]
@@ -66,7 +67,7 @@ class ConditionalProduct(Broadcasting):
         return Product([condition(part, *inputs, event_dims=event_dims, role="part") for part in self.parts])
 
 
-class Product(dist.TorchDistribution):
+class Product(Copied, dist.TorchDistribution):
     """The joint distribution of independent vectors, whose values are concatenated.
 
     Args:

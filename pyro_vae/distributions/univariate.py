@@ -19,11 +19,12 @@ from torch.distributions import biject_to, constraints, register_kl, transform_t
 from torch.distributions.utils import broadcast_all
 
 from pyro_vae.distributions.special import deviance, digamma_gap, excess, stirling_error
+from pyro_vae.distributions.state import Copied
 
 __all__ = ["Beta", "ContinuousBernoulli", "NegativeBinomial", "Poisson", "StudentT"]
 
 
-class Poisson(dist.Poisson):
+class Poisson(Copied, dist.Poisson):
     """Counts with mean and variance λ, numerically stable for any λ:
 
         log p(k) = −D(k, λ) − δ(k) − ½ log 2πk,   log p(0) = −λ.
@@ -51,7 +52,7 @@ def _log_root(k: Tensor) -> Tensor:
     return torch.where(positive, stirling_error(s) + 0.5 * (2 * pi * s).log(), 0.0)
 
 
-class NegativeBinomial(dist.NegativeBinomial):
+class NegativeBinomial(Copied, dist.NegativeBinomial):
     """Counts with mean μ and variance μ + μ²/r, numerically stable for any r:
 
         log p(k) = −D(r, mr/k') − D(k, mμ/k') + ½ log(r/m) + δ(m) − δ(r) − δ(k) − ½ log 2πk,
@@ -120,7 +121,7 @@ class NegativeBinomial(dist.NegativeBinomial):
         return result + torch.where(k > 0, root, 0.0)
 
 
-class StudentT(dist.StudentT):
+class StudentT(Copied, dist.StudentT):
     """Student's t with ν degrees of freedom, numerically stable for any ν. With y = (x − μ) / σ,
 
         log p(x) = excess(ν/2, ½) − (ν + 1)/2 log(1 + y²/ν) − log σ − ½ log 2π,
@@ -167,7 +168,7 @@ def _to_open_interval(constraint: _OpenInterval) -> Any:
     return biject_to(constraints.interval(constraint.lower_bound, constraint.upper_bound))
 
 
-class Beta(dist.Beta):
+class Beta(Copied, dist.Beta):
     """The Beta distribution on the open interval: at 0 and 1 its density is zero, infinite or defined only as a limit.
 
     With n = α + β it is numerically stable for any α and β:
@@ -229,7 +230,7 @@ _SERIES = (-1 / 24, 1 / 2880, -1 / 181440, 1 / 9676800, -1 / 479001600)
 _SMALL = 0.5  # the largest |L| for which the series is used; its remainder is below 1e-11
 
 
-class ContinuousBernoulli(dist.ContinuousBernoulli):
+class ContinuousBernoulli(Copied, dist.ContinuousBernoulli):
     """The density p(x) = exp(L x) L / (e^L − 1) on [0, 1] with logits L, numerically stable for any L.
 
     torch computes it from the probability 1/(1 + e^−L), which in float32 cannot be told from one beyond L = 16. Here

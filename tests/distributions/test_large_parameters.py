@@ -20,9 +20,14 @@ from pyro_vae.distributions import (
 from pyro_vae.distributions.special import deviance, digamma_gap, stirling_error
 from pyro_vae.distributions.univariate import Beta, NegativeBinomial, Poisson, StudentT
 
-mp.mp.dps = 60
 ROUNDING = {torch.float32: 6e-8, torch.float64: 1.2e-16}
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _digits():
+    with mp.workdps(60):
+        yield
 
 
 def leaf(value, dtype):

@@ -107,6 +107,20 @@ class TestContinuousBernoulli:
             close(p.cdf(u), mp.expm1(exact * v) / mp.expm1(exact) if exact else v, tolerance / 10)
 
 
+@dtypes
+@pytest.mark.parametrize("logit", LOGITS[::4])
+def test_distribution_function_outside_of_the_support(logit, dtype):
+    """0 below and 1 above, whether values are validated or not; its slope there is zero."""
+    for validate in (False, True):
+        p = ContinuousBernoulli(logits=torch.tensor(logit, dtype=dtype), validate_args=validate)
+        x = torch.tensor([-math.inf, -0.1, 0.0, 1.0, 3.0, math.inf], dtype=dtype, requires_grad=True)
+        cdf = p.cdf(x)
+        assert cdf.tolist() == [0, 0, 0, 1, 1, 1]
+        (slope,) = torch.autograd.grad(cdf.sum(), x)
+        assert slope[[0, 1, 4, 5]].tolist() == [0, 0, 0, 0]
+        assert p.cdf(torch.tensor(math.nan, dtype=dtype)).isnan()
+
+
 @pytest.mark.parametrize("logit", [-300.0, -60.0, -17.0, -3.0, -0.2, 0.0, 0.05, 1.0, 20.0, 60.0, 300.0])
 def test_draws_of_the_continuous_bernoulli(logit):
     parameter = leaf(logit, torch.float32)
