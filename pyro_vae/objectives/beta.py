@@ -16,6 +16,8 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -39,8 +41,8 @@ class BetaELBO(TraceMeanField_ELBO):
     Args:
         beta: β ≥ 0: a number, or a function of the step (0 for the first one) such as `linear(…)`.
         capacity: C ≥ 0, nats per data point: a number, or a function of the step; default: none.
-        plate: name of the plate of data points, over which the capacity is a mean. The scale of this plate is the scale
-            of the loss.
+        plate: name of the plate of data points, over which the capacity is a mean: it has as many points as its size,
+            times the `poutine.scale` around the plate. Scales and plates inside of it count in the KL term alone.
         num_particles: number S ≥ 1 of draws for E_q.
 
     Raises:
@@ -136,6 +138,12 @@ class BetaELBO(TraceMeanField_ELBO):
         """−L(β) of the last step, nats, as a tensor with a gradient."""
         return super().differentiable_loss(model, guide, *args, **kwargs)
 
+    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple[Trace, Trace]:
+        with _ScaleOfPlate(self.plate) as seen:
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        model_trace.scale_of_plate = seen.scale
+        return model_trace, guide_trace
+
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[Tensor, Tensor]:
         distortion, rate = self._terms(model_trace, guide_trace)
         if "capacity" in self._now:
@@ -145,11 +153,20 @@ class BetaELBO(TraceMeanField_ELBO):
         return loss.detach(), loss
 
     def _num_points(self, trace: Trace) -> Tensor | float:
-        """How many data points the log-probabilities stand for: the B in the plate, times the scale of the plate."""
-        for site in sample_sites(trace).values():
-            for frame in site["cond_indep_stack"]:
-                if frame.name == self.plate:
-                    return frame.size * torch.as_tensor(site["scale"]).mean()
+        """How many data points the log-probabilities stand for: the full size of the plate, times the scale around."""
+        inside = [
+            (frame, _handler_scale(site))
+            for site in sample_sites(trace).values()
+            for frame in site["cond_indep_stack"]
+            if frame.name == self.plate
+        ]
+        if inside:
+            frame, scale = inside[0]
+            if trace.scale_of_plate is not None:
+                scale = trace.scale_of_plate
+            elif any(float(s) != float(scale) for _, s in inside):  # a plate made elsewhere, with scales inside of it
+                scale = 1.0
+            return (frame.size if frame.full_size is None else frame.full_size) * scale
         found = sorted({repr(f.name) for f in plate_frames(trace)})
         raise ValueError(
             f"BetaELBO: a capacity for each data point expects a plate {self.plate!r} of them, got "
@@ -186,3 +203,29 @@ class BetaELBO(TraceMeanField_ELBO):
             if name not in model_trace.nodes:  # an auxiliary site, of which other sites are functions
                 rate = rate + q["log_prob_sum"]
         return distortion, rate
+
+
+class _ScaleOfPlate(Messenger):
+    """Sees the scale that the handlers around a plate set, where the plate is made.
+
+    Attributes:
+        scale: of the last run of the plate; None if there was none.
+    """
+
+    def __init__(self, plate: str) -> None:
+        super().__init__()
+        self.plate = plate
+        self.scale: Tensor | float | None = None
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["name"] == self.plate and site_is_subsample(msg):
+            self.scale = _handler_scale(msg)
+
+
+def _handler_scale(site: dict) -> Tensor | float:
+    """The mean scale of a site that is not due to subsampling."""
+    scale = site["scale"].mean() if isinstance(site["scale"], Tensor) else site["scale"]
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None:
+            scale = scale * frame.size / frame.full_size
+    return scale

@@ -184,6 +184,78 @@ def test_a_capacity_needs_its_plate_and_follows_its_scale():
             assert loss.capacity == pytest.approx(capacity)
 
 
+def rate(model, guide, *args, capacity=0.2):
+    """N |KL/N − C|, with β = 1."""
+    loss = BetaELBO(1.0, capacity=capacity).differentiable_loss(model, guide, *args)
+    return (loss - BetaELBO(0.0).differentiable_loss(model, guide, *args)).item()
+
+
+NUM_DATA, CAPACITY = 10, 0.2
+
+
+@pytest.mark.parametrize("outside", [1.0, 0.25])
+@pytest.mark.parametrize("inside", [1.0, 5.0])
+@pytest.mark.parametrize("batch", [10, 2])
+@pytest.mark.parametrize("inner", [3, 1])
+@pytest.mark.parametrize("first", ["w", "z"])
+def test_data_points_are_counted_at_their_plate(first, inner, batch, inside, outside):
+    """10 points of KL 3 × ½ (three w in an inner plate, which may take one of them) and ½ (z, scaled inside)."""
+
+    def sites(loc):
+        def w():
+            with pyro.plate("inner", 3, subsample_size=inner, dim=-2):
+                pyro.sample("w", dist.Normal(loc, 1.0))
+
+        def z():
+            with pyro.poutine.scale(scale=inside):
+                pyro.sample("z", dist.Normal(loc, 1.0))
+
+        with pyro.poutine.scale(scale=outside), pyro.plate("data", NUM_DATA, subsample_size=batch, dim=-1):
+            for site in (w, z) if first == "w" else (z, w):
+                site()
+
+    divergence = NUM_DATA * outside * (1.5 + 0.5 * inside)
+    expected = divergence - NUM_DATA * outside * CAPACITY
+    assert rate(lambda: sites(0.0), lambda: sites(1.0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_data_points_in_a_sequential_plate_and_in_one_that_is_given_rows():
+    def sequential(loc):
+        for i in pyro.plate("data", 6, subsample_size=3):
+            with pyro.poutine.scale(scale=5.0):
+                pyro.sample(f"z{i}", dist.Normal(loc, 1.0))
+
+    def rows(loc):
+        with pyro.plate("data", 6, subsample=torch.tensor([0, 4])), pyro.poutine.scale(scale=5.0):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    def steps(loc):  # the plate of data within one of steps
+        with pyro.plate("steps", 4, subsample_size=2, dim=-2), pyro.plate("data", 6, dim=-1):
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    pyro.set_rng_seed(0)
+    for sites, divergence in ((rows, 6 * 2.5), (steps, 6 * 4 * 0.5)):
+        got = rate(lambda f=sites: f(0.0), lambda f=sites: f(1.0))
+        assert got == pytest.approx(divergence - 6 * CAPACITY, rel=1e-5)
+    got = rate(lambda: sequential(0.0), lambda: sequential(1.0))
+    assert got == pytest.approx(6 * 2.5 - 6 * CAPACITY, rel=1e-5)
+
+
+def test_a_plate_made_elsewhere():
+    """Its scale is that of its sites, where they agree."""
+    plate = pyro.plate("data", 6)
+
+    def sites(loc, around, inside):
+        with pyro.poutine.scale(scale=around), plate:
+            pyro.sample("z", dist.Normal(loc, 1.0))
+            with pyro.poutine.scale(scale=inside):
+                pyro.sample("w", dist.Normal(loc, 1.0))
+
+    for around, inside, size in ((1.0, 1.0, 6), (0.25, 1.0, 1.5), (1.0, 5.0, 6)):
+        got = rate(*(lambda loc=loc, a=around, i=inside: sites(loc, a, i) for loc in (0.0, 1.0)))
+        assert got == pytest.approx(6 * around * (0.5 + 0.5 * inside) - size * CAPACITY, rel=1e-5)
+
+
 def test_latents_of_the_model_alone_are_refused():
     def model(x):
         with pyro.plate("data", len(x)):
