@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
@@ -32,8 +33,13 @@ class DenoisingELBO(ELBO):
     guide itself.
 
     Args:
-        corruption: a random function, Tensor → Tensor of the same shape.
+        corruption: a random function, Tensor → Tensor of the same shape. It may be set later as well. What training
+            moves from step to step is better its strength, `elbo.corruption.scale = 0.5`, which compiled runs read
+            in every step.
         elbo: the objective; default `Trace_ELBO()`.
+
+    Raises:
+        TypeError: the corruption is no function.
 
     Example:
         >>> from pyro_vae import VAE, fit
@@ -49,8 +55,25 @@ class DenoisingELBO(ELBO):
         self.corruption = corruption
         self._guides: tuple[Callable, Callable] | None = None  # the last guide, and its corrupted version
 
+    @property
+    def corruption(self) -> Any:
+        """The corruption, Tensor → Tensor."""
+        return self._corruption
+
+    @corruption.setter
+    def corruption(self, corruption: Corruption) -> None:
+        if not callable(corruption):
+            raise TypeError(
+                f"DenoisingELBO: expected a function Tensor → Tensor as corruption, got {corruption!r}. Try "
+                "gaussian_noise(0.5), or elbo.corruption.scale = 0.5 for a new strength."
+            )
+        self._corruption = corruption
+
     def __copy__(self) -> DenoisingELBO:
         return DenoisingELBO(self.corruption, copy.copy(self.elbo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_guides": None}
 
     def __getattr__(self, name: str) -> Any:
         if name == "elbo":  # before __init__, as in unpickling
@@ -78,55 +101,117 @@ class DenoisingELBO(ELBO):
     def _corrupted(self, guide: Callable) -> Callable:
         """The corrupted guide: the same function each time, as objectives remember the pairs that they looked at."""
         if self._guides is None or self._guides[0] != guide:
-            corruption = self.corruption
 
             def corrupted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-                return guide(corruption(x), *args, **kwargs)
+                return guide(self.corruption(x), *args, **kwargs)
 
             self._guides = guide, corrupted
         return self._guides[1]
 
 
+class _Noise:
+    """A corruption with a strength that may change while it is in use.
+
+    The strength is a tensor, which is changed in place: compiled runs have it as an input, as they have parameters.
+    """
+
+    def __init__(self, strength: float) -> None:
+        self._strength = torch.zeros((), dtype=torch.float64)
+        self._fill(strength)
+
+    def _fill(self, strength: float) -> None:
+        self._check(float(strength))
+        self._strength.fill_(float(strength))
+
+    def _check(self, strength: float) -> None:
+        raise NotImplementedError
+
+
+class _Gaussian(_Noise):
+    def _check(self, strength: float) -> None:
+        if not 0 <= strength < inf:
+            raise ValueError(f"gaussian_noise: expected a finite scale >= 0, got {strength}.")
+
+    @property
+    def scale(self) -> float:
+        """The standard deviation."""
+        return self._strength.item()
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self._fill(scale)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self._strength * torch.randn_like(x)
+
+
+class _Elementwise(_Noise):
+    name = ""
+
+    def _check(self, strength: float) -> None:
+        if not 0 <= strength <= 1:
+            raise ValueError(f"{self.name}: expected a probability, got {strength}. Try a number from 0 to 1.")
+
+    @property
+    def probability(self) -> float:
+        """With which an element is corrupted."""
+        return self._strength.item()
+
+    @probability.setter
+    def probability(self, probability: float) -> None:
+        self._fill(probability)
+
+
+class _Masking(_Elementwise):
+    name = "masking_noise"
+
+    def __init__(self, probability: float, value: float) -> None:
+        super().__init__(probability)
+        self.value = value
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.where(torch.rand(x.shape, device=x.device) < self._strength, self.value, x)
+
+
+class _SaltAndPepper(_Elementwise):
+    name = "salt_and_pepper_noise"
+
+    def __init__(self, probability: float, values: tuple[float, float]) -> None:
+        super().__init__(probability)
+        self.values = values
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low, high = self.values
+        u = torch.rand_like(x)  # one draw decides both
+        return torch.where(u < self._strength / 2, low, torch.where(u < self._strength, high, x))
+
+
 def gaussian_noise(scale: float) -> Corruption:
-    """x̃ = x + scale · ε, ε ~ N(0, I).
+    """x̃ = x + scale · ε, ε ~ N(0, I). Its attribute `scale` may be set later.
 
     Example:
         >>> gaussian_noise(0.5)(torch.zeros(10000)).std().round(decimals=1)
         tensor(0.5000)
     """
-    if not scale >= 0:
-        raise ValueError(f"gaussian_noise: expected scale >= 0, got {scale}.")
-    return lambda x: x + scale * torch.randn_like(x)
+    return _Gaussian(scale)
 
 
 def masking_noise(probability: float, value: float = 0.0) -> Corruption:
-    """Sets each element to `value` with this probability.
+    """Sets each element to `value` with this probability. Its attribute `probability` may be set later.
 
     Example:
         >>> masking_noise(0.3)(torch.ones(10000)).mean().round(decimals=1)
         tensor(0.7000)
     """
-    _check(probability, "masking_noise")
-    return lambda x: torch.where(torch.rand(x.shape, device=x.device) < probability, value, x)
+    return _Masking(probability, value)
 
 
 def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:
-    """Sets each element with this probability to one of two values, which are equally likely.
+    """Sets each element with this probability to one of two values, which are equally likely. Its attribute
+    `probability` may be set later.
 
     Example:
         >>> salt_and_pepper_noise(1.0)(torch.full((3, 4), 0.5)).unique()
         tensor([0., 1.])
     """
-    _check(probability, "salt_and_pepper_noise")
-    low, high = values
-
-    def corrupt(x: Tensor) -> Tensor:
-        u = torch.rand_like(x)  # one draw decides both
-        return torch.where(u < probability / 2, low, torch.where(u < probability, high, x))
-
-    return corrupt
-
-
-def _check(probability: float, name: str) -> None:
-    if not 0 <= probability <= 1:
-        raise ValueError(f"{name}: expected a probability, got {probability}.")
+    return _SaltAndPepper(probability, values)
