@@ -186,7 +186,7 @@ def _update(p: Tensor, m: Tensor, v: Tensor, g: Tensor, row: Tensor, decoupled: 
     """The new parameter and moments. As in torch, numbers of half precision are computed with in single precision."""
     dtype = torch.promote_types(p.dtype, torch.float32)
     p, m, v, g = (t.to(dtype) for t in (p, m, v, g))
-    rate1, beta2, rate2, size, root, eps, shrink = row.to(dtype).unbind()  # or a 0-dim p would take their dtype
+    rate1, beta2, rate2, size, root, eps, shrink = row.to(dtype).unbind()  # another parameter may have a wider one
     if decoupled:
         p = p * shrink
     else:

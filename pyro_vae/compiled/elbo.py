@@ -14,7 +14,6 @@ of the graph, as are tensors in closures, so these may change freely: annealing 
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import count
@@ -30,6 +29,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vae.compiled.audit import Diverged
+from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan
 from pyro_vae.compiled.recordings import LossAndGradients, Recordings
 from pyro_vae.objectives.protocol import annealed
@@ -150,7 +150,7 @@ class CompiledELBO(ELBO):
             found = None if call is None else self.run(model, guide, call)
         except Diverged as error:
             set_random_state(state)
-            warnings.warn(f"CompiledELBO: {error}.", stacklevel=3)
+            warn(f"CompiledELBO: {error}.")
             return None
         if found is not None:
             for name in found.stored:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import site
 import sys
 import sysconfig
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["is_library"]
+__all__ = ["is_library", "warn"]
 
 OWN = frozenset({"torch", "numpy", "pyro", __name__.partition(".")[0]})  # wherever they are installed
 INSTALLED = frozenset(
@@ -43,3 +44,11 @@ def _folders() -> frozenset[Path]:
     """Where Python keeps its own modules and those that are installed."""
     paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     return frozenset(Path(path).resolve() for path in (*paths, *site.getsitepackages(), site.getusersitepackages()))
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's code from which all this was called."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and is_library(frame.f_globals.get("__name__")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -22,7 +22,9 @@ from pyro_vae.compiled.watch import Watch
 
 __all__ = ["Call", "Plan", "call_of"]
 
-PAYS_AFTER = 100  # replays of a recording that is not the first: numbers or shapes change, so it may not live long
+PAYS_AFTER = (
+    1000  # replays of a recording, if it is not the only one: as numbers or shapes change, it may not live long
+)
 
 
 @dataclass
@@ -36,6 +38,10 @@ class Plan:
         kept: arguments that are compared by identity. They are kept alive, so that no other object gets their id.
         first: whether it is the first recording of its pair.
         audit: holds it against plain Pyro.
+
+    Attributes:
+        in_a_row: whether it answered the call before, too.
+        last: number of the replay that was its last one.
     """
 
     graph: Graph
@@ -47,6 +53,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.properties = self._properties()
+        self.in_a_row, self.last = False, 0
 
     def change(self) -> str | None:
         """What is not as it was when this was recorded. None if a replay does what a run would do now."""
@@ -59,7 +66,7 @@ class Plan:
     @property
     def pays(self) -> bool:
         """Whether it is worth code of its own, which takes seconds to generate."""
-        return self.first or self.audit.replays >= PAYS_AFTER
+        return (self.first and self.in_a_row) or self.audit.replays >= PAYS_AFTER
 
     def _properties(self) -> list[tuple]:
         """What a user may change about a tensor without replacing it, such as freezing it or moving it to a device."""

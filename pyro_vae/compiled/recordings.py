@@ -10,7 +10,6 @@ runs at the speed of Pyro, in bounded memory.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +24,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.compiled.audit import Audit
+from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
 from pyro_vae.compiled.watch import Watch
@@ -35,7 +35,8 @@ from pyro_vae.pairs.untouched import Untouched
 __all__ = ["LossAndGradients", "Recordings"]
 
 SIGNATURES = 256  # that are remembered, the latest ones
-REPLAYS_FOR_ONE = 50  # beyond the first recordings, each has to be paid by so many replays
+FIRST, REPLAYS_FOR_ONE = 4, 100  # beyond the first recordings, each has to be paid by so many replays
+RECENT = 200  # a recording that answered one of so many replays is not dropped for another one
 
 
 class LossAndGradients(NamedTuple):
@@ -77,6 +78,7 @@ class Recordings:
         self._floats: list[float] | None = None
         self._moving_floats = self._changed = False
         self._made = self._replayed = 0
+        self._latest: Plan | None = None  # that answered the last call
 
     def find(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, with its recording if there is one. None if Pyro must run as it is."""
@@ -95,6 +97,8 @@ class Recordings:
             self._plans.move_to_end(call.key)
             self._unanswered[call.key] = 0
             self._replayed += 1
+            plan.in_a_row, plan.last = self._latest is plan, self._replayed
+        self._latest = plan
         return call._replace(plan=plan)
 
     def record(self, call: Call, inputs: list[Tensor]) -> LossAndGradients | None:
@@ -160,7 +164,9 @@ class Recordings:
             self._plans.pop(call.key, None)
             self._warn(f"{what} is another in each call; try a tensor, or an argument of the model")
             return False
-        if self._made >= self.most + self._replayed // REPLAYS_FOR_ONE:
+        oldest = self.plans[0] if len(self.plans) >= self.most else None
+        needed = oldest is not None and oldest.last > self._replayed - RECENT and not self._plans.get(call.key)
+        if needed or self._made >= FIRST + self._replayed // REPLAYS_FOR_ONE:
             self._warn("shapes or other arguments change too often to be recorded; try batches of few sizes")
             return False
         return True
@@ -169,6 +175,7 @@ class Recordings:
         self._plans.setdefault(call.key, []).append(plan)
         self._plans.move_to_end(call.key)
         self._made += 1
+        self._latest, plan.last = plan, self._replayed
         while len(self.plans) > self.most:
             oldest, plans = next(iter(self._plans.items()))
             plans.pop(0)
@@ -179,7 +186,7 @@ class Recordings:
         """Notes why Pyro runs as it is, and warns of the first reason."""
         self.reasons.append(reason)
         if len(self.reasons) == 1:
-            warnings.warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.", stacklevel=7)
+            warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.")
 
     @property
     def plans(self) -> list[Plan]:

@@ -7,7 +7,6 @@ for, so there the fused optimizer is told to skip that step and all after it, an
 from __future__ import annotations
 
 import copy
-import warnings
 from contextlib import nullcontext
 
 import pyro
@@ -18,6 +17,7 @@ from torch import Tensor
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
@@ -195,10 +195,7 @@ class Steps:
     def _go_back(self, reason: str) -> None:
         """Brings back what `_keep_agreed` kept, and goes on with plain Pyro."""
         count, weights, optimizer = self._agreed
-        warnings.warn(
-            f"fit: {reason}, from the weights of step {count}; what the steps {count} to {self.count} did is undone.",
-            stacklevel=5,
-        )
+        warn(f"fit: {reason}, from the weights of step {count}; what steps {count} to {self.count} did is undone.")
         self.weights.restore(weights)
         self.optimizer.load_state_dict(optimizer)
         self.compiled = self._whole = None
