@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="of Pyro's repository, with its tests")
     parser.add_argument("--files", nargs="*", default=list(FILES), help="in tests/infer")
     parser.add_argument("--select", help="expression of pytest's -k, for all files")
-    parser.add_argument("--limit", type=int, default=1800, help="seconds for each run")
+    parser.add_argument("--every", type=int, default=1, help="runs one test out of so many")
+    parser.add_argument("--limit", type=int, default=3600, help="seconds for each run")
+    parser.add_argument("--logs", type=Path, help="keeps what was found here; runs that are there are not made again")
     parser.add_argument("--output", type=Path, default=Path("benchmark_output"))
     options = parser.parse_args()
     if not (options.checkout / "tests" / "infer").is_dir():
@@ -46,8 +48,8 @@ def main() -> None:
     plain, ours = {}, {}
     for file in options.files:
         select = FILES.get(file, "") if options.select is None else options.select
-        plain[file] = run(options.checkout, file, select, options.limit, plain=True)
-        ours[file] = run(options.checkout, file, select, options.limit, plain=False)
+        plain[file] = run(options, file, select, plain=True)
+        ours[file] = run(options, file, select, plain=False)
         print(f"{file}: {len(ours[file])} entries", file=sys.stderr, flush=True)
     lines, good = report(plain, ours)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -56,23 +58,29 @@ def main() -> None:
     sys.exit(not good)
 
 
-def run(checkout: Path, file: str, select: str, limit: int, *, plain: bool) -> Rows:
+def run(options: Any, file: str, select: str, *, plain: bool) -> Rows:
     """Runs a file of tests and returns what the plugin wrote down."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
+        log = (options.logs or Path(folder)).resolve() / f"{'plain_' if plain else ''}{Path(file).stem}.jsonl"
+        if log.exists():
+            return [json.loads(line) for line in log.read_text().splitlines()]
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
         paths = [str(Path(__file__).parent.resolve()), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONDONTWRITEBYTECODE": "1"}
         env |= {"PYRO_TESTS_LOG": str(log), "PYRO_TESTS_PLAIN": "1" if plain else ""}
+        env["PYRO_TESTS_EVERY"] = str(options.every)
         env.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pyro_tests_plugin"]
         command += [f"tests/infer/{file}", *(["-k", select] if select else [])]
         try:
-            done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=limit)
+            done = subprocess.run(
+                command, cwd=options.checkout, env=env, capture_output=True, text=True, timeout=options.limit
+            )
             if done.returncode not in (0, 1):
                 raise SystemExit(f"pytest failed on {file}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
         except subprocess.TimeoutExpired:
-            print(f"{file}: stopped after {limit} s", file=sys.stderr)
+            print(f"{file}: stopped after {options.limit} s", file=sys.stderr)
         return [json.loads(line) for line in log.read_text().splitlines()]
 
 
