@@ -20,6 +20,10 @@ __all__ = ["bijection", "inside_support", "support_of"]
 CIRCULAR = (torch.distributions.VonMises, dist.SineBivariateVonMises)
 # sums and norms of rounded numbers are not exactly one; torch allows 1e-6, which a float32 softmax may miss
 TOLERANCE = 1e-3
+INTERVALS = (
+    *(constraints.interval, constraints.half_open_interval),
+    *(constraints.greater_than, constraints.greater_than_eq, constraints.less_than),
+)
 
 
 def support_of(fn: Any) -> Any:
@@ -37,8 +41,8 @@ def support_of(fn: Any) -> Any:
         angles = constraints.interval(-pi, pi)
         return constraints.independent(angles, 1) if len(fn.event_shape) else angles
     if isinstance(fn, MixtureSameFamily):
-        support = support_of(fn.component_distribution)
-        if support is not None and not any(isinstance(bound, Tensor) for bound in _bounds(support)):
+        support = _of_all_components(support_of(fn.component_distribution))
+        if support is not None:
             return support
     try:
         return fn.support
@@ -75,7 +79,8 @@ def bijection(name: str, fn: Any) -> Any:
     """A bijection from R^d to the support of the site's distribution.
 
     Raises:
-        ValueError: there is none: a sphere, or a distribution that does not say what its support is.
+        ValueError: there is none: a sphere, a mixture of components that have different supports, or a distribution
+            that does not say what its support is.
     """
     support = support_of(fn)
     try:
@@ -83,14 +88,29 @@ def bijection(name: str, fn: Any) -> Any:
             raise NotImplementedError("it does not say what its support is")
         return biject_to(support)
     except NotImplementedError as error:
-        reason = str(error).strip() or f"no bijection is known from real numbers to {support}"
+        got = "a support that is not known" if support is None else f"the support {support}"
+        if isinstance(fn, MixtureSameFamily):
+            got = "a mixture of components whose supports differ, or are not known to be the same"
         raise ValueError(
-            f"site {name!r}: {type(fn).__name__} cannot be mapped to unconstrained coordinates ({reason}); fitted "
-            "Gaussians and annealing need them. Try importance_sampling with its defaults, which needs none."
+            f"site {name!r}: {type(fn).__name__} cannot be mapped to unconstrained coordinates: fitted Gaussians and "
+            f"annealing expect a support that is the image of R^d under a bijection, got {got}. Try "
+            "importance_sampling with its defaults, which needs none, or a latent in R^d of which this one is a "
+            "function (for a sphere: poutine.reparam with pyro.infer.reparam.ProjectedNormalReparam)."
         ) from error
 
 
-def _bounds(support: Any) -> list[Any]:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return list(vars(support).values())
+def _of_all_components(support: Any, dim: int = -1) -> Any:
+    """The support of a mixture whose components have this support along `dim`. None where they differ."""
+    if isinstance(support, constraints.independent):
+        base = _of_all_components(support.base_constraint, dim - support.reinterpreted_batch_ndims)
+        return None if base is None else constraints.independent(base, support.reinterpreted_batch_ndims)
+    values = {} if support is None else vars(support)
+    bounds = {name: b for name, b in values.items() if isinstance(b, Tensor) and b.dim() >= -dim}
+    if not bounds:
+        return support
+    if not isinstance(support, INTERVALS):
+        return None
+    first = {name: bound.select(dim, 0) for name, bound in bounds.items()}
+    if any((bound != first[name].unsqueeze(dim)).any() for name, bound in bounds.items()):
+        return None
+    return type(support)(**{**values, **first})
