@@ -28,9 +28,7 @@ from torch import Tensor
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.pairs.parameters import graph_leaves
 
-MOST_JITS = int(
-    os.environ.get("PYRO_TESTS_JITS", "1")
-)  # calls for each reason that Pyro's JIT is tried with: it is slow
+MOST_JITS = int(os.environ.get("PYRO_TESTS_JITS", "1"))  # calls for each reason, as the JIT is slow
 RUNS = 4  # as it is, recorded, replayed, replayed
 TOLERANCE = 1e-9  # relative, in double precision: sums of gradients may be taken in another order
 
