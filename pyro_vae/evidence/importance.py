@@ -193,8 +193,8 @@ def prior_sampling(
             "prior_sampling(model, None, x): the second place is that of the guide in the other estimators."
         )
     sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
-    # The model runs once for each draw, not twice. Its observed sites are not hidden in these runs: `pyro.markov` names
-    # them to the handler that enumerates, which has to have seen them. A trace's observed sites are no part of q anyway.
+    # The model runs once for each draw, not twice. Its observed sites are not hidden in these runs, as `pyro.markov`
+    # names them to the handler that enumerates; observed sites are no part of q in any trace.
     sampler.guide = StopAfter(sampler.pair.latents)(model)
     kernel = _compiled(sampler, compile, num_particles, chunk_size)
     return collect(
