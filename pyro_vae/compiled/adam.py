@@ -146,9 +146,7 @@ class WholeStep:
         for (k, start), decoupled in zip(self._rows, self._decoupled, strict=True):
             group, step = self.optimizer.param_groups[k], start + self._taken
             rate, decay, eps, (beta1, beta2) = group["lr"], group["weight_decay"], group["eps"], group["betas"]
-            if group.get(
-                "fused"
-            ):  # torch rounds what it computes from a tensor to the tensor's precision, but not here
+            if group.get("fused"):  # elsewhere torch rounds what comes of a tensor as the tensor's dtype does
                 rate, beta1, beta2 = float(rate), float(beta1), float(beta2)
             size, root = rate / (1 - beta1**step), 1 / float((1 - beta2**step) ** 0.5)
             shrink = 1 - rate * decay if decoupled else decay

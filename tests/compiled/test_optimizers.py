@@ -150,7 +150,7 @@ def test_whole_steps_are_those_of_torch(case, calls):
     expected = run(False, optimizer, **options)
     assert not calls
     assert_same(run(True, optimizer, **options), expected)
-    assert len(calls) >= STEPS - 60  # fifty ragged batches, and those that are recorded
+    assert len(calls) >= STEPS // 4  # where shapes change, a recording is made late
 
 
 @pytest.mark.parametrize("case", ["adam, all numbers move", "adamw, cycle each step"])
@@ -158,7 +158,7 @@ def test_generated_code_takes_the_steps_of_torch(case, monkeypatch):
     optimizer, options = WHOLE[case]
     expected, calls = run(False, optimizer, **options), count_calls(monkeypatch)
     assert_same(run(True, optimizer, **options), expected)
-    assert len(calls) >= STEPS - 60
+    assert len(calls) >= STEPS // 4
 
 
 PLAIN = {
