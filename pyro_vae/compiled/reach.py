@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from inspect import getmro
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -132,8 +133,7 @@ class Reach:
 
     def _class(self, cls: type, *, constructed: bool) -> None:
         """Takes what code may read from a class by name, and the methods that Python calls by itself."""
-        bases: list[type] = [*cls.mro(), *type(cls).__mro__]  # type: ignore[misc]
-        for base in bases:
+        for base in (*getmro(cls), *getmro(type(cls))):
             if is_library(base.__module__):
                 continue
             inside = vars(base)

@@ -16,20 +16,19 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vae.compiled.attempt import attempt
 from pyro_vae.compiled.audit import Audit
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
-from pyro_vae.compiled.watch import Watch
 from pyro_vae.objectives.protocol import has_differentiable_loss
-from pyro_vae.pairs.modes import all_random_states, fork_random_state, set_all_random_states
+from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["LossAndGradients", "Recordings"]
@@ -115,36 +114,26 @@ class Recordings:
             self._unanswered.popitem(last=False)
         if unanswered == 0 or unanswered == inf or not self._may_record(call, unanswered):
             return None
-        watch = Watch(self.model, self.guide, self.elbo, *call.static)
-        if watch.moving is not None:
-            self._end(f"{watch.moving} gives something else whenever it is read", warn=True)
-            return None
-        known, stored = set(pyro.get_param_store().keys()), dict[str, Tensor]()
-        failure, states = None, all_random_states()
-        with Untouched(self.model, self.guide) as untouched:
-            try:
-                results, gradients, graph = record_gradients(
-                    self._run_of(call, stored), *inputs[:-1], weight=inputs[-1]
-                )
-            except Untraceable as error:
-                failure = str(error)
-            done = failure is None and set(pyro.get_param_store().keys()) == known
-            untouched.keep = done
-        if not done:  # Pyro runs as if this run had not been; a parameter that it made is found by the next recording
-            watch.restore()
-            set_all_random_states(states)
-            if failure is not None:
+        stored: dict[str, Tensor] = {}
+        run = self._run_of(call, stored)
+        found, watch, refusal, changed = attempt(
+            lambda: record_gradients(run, *inputs[:-1], weight=inputs[-1]),
+            *(self.model, self.guide, self.elbo, *call.static),
+        )
+        if found is None:
+            if watch.moving is not None:
+                self._end(refusal, warn=True)
+            elif refusal is not None:
                 self._unanswered[call.key] = inf
-                self._warn(failure)
+                self._warn(refusal)
             return None
-        changed = watch.changed_by_run() or _random_module_used(states)
+        (loss, norm), gradients, graph = found
         if changed is None:
             audit = Audit(graph, partial(self._loss_by_pyro, graph.leaves), self._end)
             self._keep(call, Plan(graph, watch, stored, call.static, self._made == 0, audit))
         elif self._changed:  # once may be a set-up
             self._end(f"{changed} is changed by the model or guide in each run", warn=True)
         self._changed = changed is not None
-        loss, norm = results
         return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True)), list(stored))
 
     def _end(self, reason: str, *, warn: bool = False) -> None:
@@ -157,19 +146,21 @@ class Recordings:
             self.reasons.append(reason)
 
     def _may_record(self, call: Call, unanswered: float) -> bool:
-        if unanswered > self.most:
-            changes = (plan.change() for plan in reversed(self._plans.get(call.key, [])))
-            what = next((change for change in changes if change), "a number")
+        """Whether a recording is worth its time. Notes why it will not be, where that is clear."""
+        own = self._plans.get(call.key, [])
+        if own and unanswered > self.most:
+            what = next((change for change in map(Plan.change, reversed(own)) if change), "a number")
             self._unanswered[call.key] = inf
-            self._plans.pop(call.key, None)
+            del self._plans[call.key]
             self._warn(f"{what} is another in each call; try a tensor, or an argument of the model")
             return False
-        oldest = self.plans[0] if len(self.plans) >= self.most else None
-        needed = oldest is not None and oldest.last > self._replayed - RECENT and not self._plans.get(call.key)
-        if needed or self._made >= FIRST + self._replayed // REPLAYS_FOR_ONE:
+        oldest = self.plans[0] if len(self.plans) >= self.most and not own else None
+        needed = oldest is not None and oldest.last > self._replayed - RECENT
+        if not needed and self._made < FIRST + self._replayed // REPLAYS_FOR_ONE:
+            return True
+        if not own:
             self._warn("shapes or other arguments change too often to be recorded; try batches of few sizes")
-            return False
-        return True
+        return False
 
     def _keep(self, call: Call, plan: Plan) -> None:
         self._plans.setdefault(call.key, []).append(plan)
@@ -229,12 +220,3 @@ class Recordings:
             return [loss]
 
         return run
-
-
-def _random_module_used(before: tuple) -> str | None:
-    """Name of the state of a random module that is another now, and that no graph draws from."""
-    _, numpy, python = all_random_states()
-    if python != before[2]:
-        return "Python's random state"
-    same = all(np.array_equal(now, was) for now, was in zip(numpy, before[1], strict=True))
-    return None if same else "NumPy's random state"
