@@ -58,6 +58,8 @@ PARTS = [
     ("a module", "_modules", "pairs: guides that set themselves up are left as they were"),
     ("an optimizer", "_optimizer_step_pre_hooks", "compiled: hooks of an optimizer"),
     ("an optimizer", "_optimizer_step_post_hooks", "compiled: hooks of an optimizer"),
+    ("torch.optim.optimizer", "_global_optimizer_pre_hooks", "compiled: hooks of all optimizers"),
+    ("torch.optim.optimizer", "_global_optimizer_post_hooks", "compiled: hooks of all optimizers"),
     ("a fused optimizer", "_step_supports_amp_scaling", "training: steps that are skipped on a GPU without a wait"),
     ("sklearn.base.ClassNamePrefixFeaturesOutMixin", "_n_features_out", "integrations: names of the columns"),
 ]

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae.compiled.adam_state import has_moments, is_decoupled, is_plain, objects, update, values
 from pyro_vae.compiled.codegen import generate
 from pyro_vae.compiled.recording import Graph
 
 __all__ = ["WholeStep"]
 
-EXTRAS = ("amsgrad", "maximize", "differentiable")  # what the graph has no operations for
 NUMBERS = 7  # scalars of a group and step count
 
 
@@ -57,10 +57,10 @@ class WholeStep:
         It can if that is a plain `torch.optim.Adam` or `AdamW`, no extras and no hooks, and if it has taken a step on
         every parameter that the graph moves.
         """
-        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not _is_plain(optimizer):
+        if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not is_plain(optimizer):
             return False
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return all(_has_moments(p, optimizer.state.get(p, {})) for p in graph.leaves if id(p) in own)
+        return all(has_moments(p, optimizer.state.get(p, {})) for p in graph.leaves if id(p) in own)
 
     def holds(self) -> bool:
         """Whether a call would do what the optimizer's own step would do now.
@@ -69,10 +69,12 @@ class WholeStep:
         does not hold if something else did: parameters or groups, the state (as by `load_state_dict`), step counts,
         extras or hooks.
         """
+        if self._seen is None or not is_plain(self.optimizer):
+            return False
+        now = objects(self.optimizer)
         return (
-            self._seen is not None
-            and _is_plain(self.optimizer)
-            and _same(_objects(self.optimizer), self._seen)
+            len(now) == len(self._seen)
+            and all(map(is_, now, self._seen))
             and [count._version for count in self._counts] == self._versions
         )
 
@@ -110,7 +112,7 @@ class WholeStep:
         optimizer, leaves = self.optimizer, self.graph.leaves
         self._taken = self._settled = 0
         self._counts = []
-        self._seen = _objects(optimizer) if self.fits(optimizer, self.graph) else None
+        self._seen = objects(optimizer) if self.fits(optimizer, self.graph) else None
         if self._seen is None:
             return
         groups = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -120,7 +122,7 @@ class WholeStep:
         self._held = [*self.graph.tensors, *moments]
         self._counts = [state["step"] for state in states]
         self._versions = [count._version for count in self._counts]
-        self._starts = _values(self._counts)
+        self._starts = values(self._counts)
         self._find_rows([groups[id(leaves[i])] for i in self._trained])
         doubles = any(leaves[i].dtype == torch.float64 for i in self._trained)
         self._dtype = torch.float64 if doubles else torch.float32
@@ -138,7 +140,7 @@ class WholeStep:
         distinct = list(dict.fromkeys(keys))
         self._row_of = {i: distinct.index(key) for i, key in zip(ids, keys, strict=True)}
         self._rows = [(group, start) for _, group, start in distinct]
-        self._decoupled = [_is_decoupled(self.optimizer.param_groups[group]) for group, _ in self._rows]
+        self._decoupled = [is_decoupled(self.optimizer.param_groups[group]) for group, _ in self._rows]
 
     def _numbers(self) -> list[float]:
         """The scalars of a step, row by row, as `_update` takes them."""
@@ -171,66 +173,10 @@ class WholeStep:
             for (i, name), m, v in zip(moved, first, second, strict=True):
                 p, row = tensors[positions[name]], self._row_of[name]
                 g = gradients[i] if factor is None else gradients[i] * factor
-                new = _update(p, m, v, g, rows[row], self._decoupled[row])
+                new = update(p, m, v, g, rows[row], self._decoupled[row])
                 for old, value in zip((p, m, v), new, strict=True):
                     old.copy_(torch.where(finite, value, old))
             return loss, norm
 
         with torch.no_grad():
             return make_fx(step, tracing_mode="fake")(*(t.detach() for t in arguments))
-
-
-def _update(p: Tensor, m: Tensor, v: Tensor, g: Tensor, row: Tensor, decoupled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The new parameter and moments. As in torch, numbers of half precision are computed with in single precision."""
-    dtype = torch.promote_types(p.dtype, torch.float32)
-    p, m, v, g = (t.to(dtype) for t in (p, m, v, g))
-    rate1, beta2, rate2, size, root, eps, shrink = row.to(dtype).unbind()  # another parameter may have a wider one
-    if decoupled:
-        p = p * shrink
-    else:
-        g = g + shrink * p
-    m, v = torch.lerp(m, g, rate1), v * beta2 + rate2 * g * g
-    return p - size * m / (v.sqrt() * root + eps), m, v
-
-
-def _is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step is what the class of the optimizer says: no extras, no hooks, no other function in its place."""
-    step = vars(optimizer).get("step")  # a scheduler wraps that of the class, to know that it was called
-    return (
-        not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and (step is None or getattr(step, "__wrapped__", None) is type(optimizer).step)
-        and not any(group.get(name) for group in optimizer.param_groups for name in EXTRAS)
-    )
-
-
-def _is_decoupled(group: dict[str, Any]) -> bool:
-    return bool(group.get("decoupled_weight_decay"))
-
-
-def _has_moments(p: Tensor, state: dict[str, Any]) -> bool:
-    """Whether a parameter has taken a step of Adam that the graph can go on from."""
-    moments = [state.get("exp_avg"), state.get("exp_avg_sq")]
-    like = all(isinstance(t, Tensor) and (t.shape, t.dtype, t.device) == (p.shape, p.dtype, p.device) for t in moments)
-    return like and isinstance(state.get("step"), Tensor) and not p.is_complex()
-
-
-def _objects(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """What an optimizer consists of, apart from the numbers of its groups, in an order that tells which is where."""
-    found: list[Any] = []
-    for group in optimizer.param_groups:
-        found.append(_is_decoupled(group))
-        found.extend(group["params"])
-    for state in optimizer.state.values():
-        found.extend(state.values())
-    return found
-
-
-def _values(counts: list[Tensor]) -> list[int]:
-    """The values of step counts, with one wait if they are on a GPU."""
-    return [int(n) for n in torch.stack([c.to(counts[0].device) for c in counts]).tolist()] if counts else []
-
-
-def _same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(a) == len(b) and all(map(is_, a, b))

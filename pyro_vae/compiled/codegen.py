@@ -35,7 +35,8 @@ def generate(module: GraphModule, held: list[Tensor], inputs: list[Tensor]) -> C
             run = inductor(module, [t.detach() for t in (*held, *inputs)], {"fallback_random": True})
     except Exception as error:
         _hint(error)
-    if all(t.is_cuda for t in (*held, *inputs)):
+    tensors = (*held, *inputs)
+    if tensors and all(t.is_cuda for t in tensors):
         return _Captured(run, len(held))
     return run
 

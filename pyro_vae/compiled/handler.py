@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
-from functools import lru_cache
-from types import CodeType
 from typing import Any
 
 import torch
@@ -14,6 +10,8 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_vae.compiled.constants import Constants
+from pyro_vae.compiled.frames import caller, only_raises
 from pyro_vae.compiled.untraceable import Untraceable
 from pyro_vae.pairs.parameters import graph_leaves
 
@@ -25,21 +23,11 @@ REPORTS_LOSSES = ("pyro.infer.", "pyro.distributions.util")  # prefixes: `item` 
 WARNS_OF_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")  # `bool` of a test for NaN, only to warn
 SUMS_FACTORS = "pyro.infer.util"  # `masked_select` of factors whose sum is all that counts
 
-VALIDATES = "torch.distributions.distribution"  # `bool` of a test of parameters or values, only to raise
 
 READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 READS_ONE = (Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__)
 SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
 COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique)
-MAKES_CONSTANTS = (torch.arange, torch.eye, torch.full, torch.ones, torch.zeros, torch.tril_indices, torch.triu_indices)
-DRAWS = frozenset(  # parts of names
-    {
-        *("bernoulli", "cauchy", "dropout", "exponential", "geometric"),
-        *("multinomial", "normal", "poisson", "rand", "uniform"),
-    }
-)
-WRITES = {"__set__", "__setitem__", *(f"__i{n}__" for n in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod"))}
-WRITES |= {f"__i{n}__" for n in ("pow", "and", "or", "xor", "lshift", "rshift")}
 
 
 class Handler(TorchFunctionMode):
@@ -55,31 +43,31 @@ class Handler(TorchFunctionMode):
         self.gradients: dict[Tensor, Tensor] = {}
         self.weight: Tensor | None = None
         self._made: dict[int, Tensor] = {}  # leaves that the function makes for itself: their gradients are not wanted
-        self._constants: dict[int, Tensor] = {}  # tensors that each run makes alike: their values may be read
+        self._constants = Constants()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
             kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inputs"}
             return self._backward(*args, **kwargs)
-        if func is Tensor.item and _caller().startswith(REPORTS_LOSSES):
+        if func is Tensor.item and caller().startswith(REPORTS_LOSSES):
             return args[0].detach().double()  # Pyro adds these up as Python's floats
-        if func is Tensor.__bool__ and _caller() in WARNS_OF_NAN:
+        if func is Tensor.__bool__ and caller() in WARNS_OF_NAN:
             return False
         if func is Tensor.register_hook and getattr(args[1], "__module__", "") in WARNS_OF_NAN:
             return None
-        if func is Tensor.masked_select and _caller() == SUMS_FACTORS:
+        if func is Tensor.masked_select and caller() == SUMS_FACTORS:
             return torch.where(args[1], args[0], 0).reshape(-1)  # a zero in place of a gap leaves the sum as it is
         if func is Tensor.requires_grad_:
             self._made[id(args[0])] = args[0]
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        constant = all(id(t) in self._constants for t in tensors)
-        if func in READS_ONE and (constant or _only_raises(func)):
+        constant = all(map(self._constants.has, tensors))
+        if func in READS_ONE and (constant or only_raises(func)):
             with disable_proxy_modes_tracing():
                 return func(*args)
         if not constant:
             self._refuse_values(func, args)
         result = func(*args, **(kwargs or {}))
-        self._note_constants(func, tensors, constant, result, (kwargs or {}).get("out"))
+        self._constants.note(func, tensors, result, (kwargs or {}).get("out"))
         return result
 
     def _refuse_values(self, func: Any, args: Any) -> None:
@@ -89,23 +77,10 @@ class Handler(TorchFunctionMode):
         masks = [
             t
             for t in (pytree.tree_leaves(args[1]) if func in SELECTS else ())
-            if isinstance(t, Tensor) and t.dtype == torch.bool and id(t) not in self._constants
+            if isinstance(t, Tensor) and t.dtype == torch.bool and not self._constants.has(t)
         ]
         if masks or func in COUNTS:
             raise Untraceable("how many elements are selected may be another number in each call")
-
-    def _note_constants(self, func: Any, tensors: list[Tensor], constant: bool, result: Any, out: Any) -> None:
-        """Keeps track of what is made of constants only, as indices and masks of them are."""
-        name = getattr(func, "__name__", "")
-        if not tensors:
-            constant = func in MAKES_CONSTANTS
-        elif any(part in name for part in DRAWS):
-            constant = False
-        if constant and out is None:
-            self._constants.update({id(t): t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)})
-        elif out is not None or name in WRITES or (name.endswith("_") and not name.endswith("__")):
-            written = {_memory(t) for t in (*tensors[:1], *pytree.tree_leaves(out)) if isinstance(t, Tensor)}
-            self._constants = {i: t for i, t in self._constants.items() if _memory(t) not in written}  # views too
 
     def _backward(
         self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
@@ -119,36 +94,3 @@ class Handler(TorchFunctionMode):
         for leaf, grad in zip(leaves, found, strict=True):
             if grad is not None:
                 self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where the elements of a tensor and of its views are."""
-    return tensor.untyped_storage().data_ptr()
-
-
-def _caller() -> str:
-    """Name of the module whose code called the torch function that is being handled."""
-    return inspect.currentframe().f_back.f_back.f_globals.get("__name__", "")
-
-
-def _only_raises(func: Any) -> bool:
-    """Whether the value that is read only decides whether an error is raised: an `assert`, or validation."""
-    frame = inspect.currentframe().f_back.f_back
-    if func is not Tensor.__bool__ or frame is None:
-        return False
-    return frame.f_globals.get("__name__") == VALIDATES or frame.f_lasti in _asserts(frame.f_code)
-
-
-@lru_cache(maxsize=256)
-def _asserts(code: CodeType) -> frozenset[int]:
-    """Where in a function's code the truth of a value decides whether an AssertionError is raised."""
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "NOT_TAKEN")]
-    raising = {step.offset for step in steps if "ASSERTION" in step.opname or step.argrepr == "AssertionError"}
-    found = set()
-    for before, jump, after in zip([None, *steps], steps, [*steps[1:], None], strict=False):
-        ways = {jump.argval, after.offset if after is not None else None}
-        if "JUMP" in jump.opname and "IF_" in jump.opname and ways & raising:
-            found.add(jump.offset)
-            if before is not None and before.opname == "TO_BOOL":
-                found.add(before.offset)
-    return frozenset(found)

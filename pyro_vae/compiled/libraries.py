@@ -6,6 +6,7 @@ script's own `statistics.py` is not Python's.
 
 from __future__ import annotations
 
+import inspect
 import site
 import sys
 import sysconfig
@@ -48,7 +49,7 @@ def _folders() -> frozenset[Path]:
 
 def warn(message: str) -> None:
     """Warns at the line of the user's code from which all this was called."""
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and is_library(frame.f_globals.get("__name__")):
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_back is not None and is_library(frame.f_globals.get("__name__")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)

@@ -55,12 +55,13 @@ def collect(
         )
     parts = []
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-        rows, counts = sampler.chunks(num_particles - exact, chunk_size, tensors=tensors, together=together)
+        others = num_particles - exact
+        rows, counts = sampler.chunks(max(1, others), chunk_size, tensors=tensors, together=together)
         with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
             for r in rows:
                 draw = prepare(r)
                 summary = LogWeightSummary(num_particles, smooth=smooth, correction=correction)
-                for count in [1] * exact + counts:
+                for count in [1] * exact + counts * (others > 0):
                     log_weight = draw(count)
                     summary.update(log_weight)
                     bar.update(log_weight.numel())

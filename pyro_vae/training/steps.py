@@ -6,7 +6,6 @@ for, so there the fused optimizer is told to skip that step and all after it, an
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 
 import pyro
@@ -22,11 +21,14 @@ from pyro_vae.compiled.plans import Call
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.pair import Pair
+from pyro_vae.training.agreed import Agreed
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.diagnosis import diagnosis
 from pyro_vae.training.parameters import Weights
 
 __all__ = ["Steps"]
+
+State = tuple[Tensor, list[Tensor]]  # of torch's random generators
 
 
 class Steps:
@@ -65,13 +67,13 @@ class Steps:
         self._last_finite: list[Tensor] = []
         self._factors: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
-        self._agreed: tuple[int, list[Tensor], dict] | None = None  # step, weights and optimizer, as an audit left them
+        self._agreed = Agreed(weights, optimizer)
         # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and weights.device.type == "cuda"
         self._stopped = torch.zeros((), dtype=torch.bool, device=weights.device)
         self._finite = torch.zeros((), dtype=torch.long, device=weights.device)
-        self._epoch: list[tuple[tuple[Tensor, list[Tensor]], Batch]] = []
+        self._epoch: list[tuple[State, Batch]] = []
 
     def __call__(self, batch: Batch) -> Tensor:
         """One step; returns the loss per data point, 0-dim, where the batch is.
@@ -89,20 +91,20 @@ class Steps:
             set_random_state(state)
             return self._step(batch, state, None)
 
-    def _step(self, batch: Batch, state: tuple[Tensor, list[Tensor]], call: Call | None) -> Tensor:
-        if self._agreed is None and call is not None and call.plan is not None:
-            self._keep_agreed()  # before the first replay
+    def _step(self, batch: Batch, state: State, call: Call | None) -> Tensor:
+        if self._agreed.count is None and call is not None and call.plan is not None:
+            self._agreed.keep(self.count)  # before the first replay
         size = self.data_points(batch)
         whole = None if call is None else self._whole_step(batch, call)
         if whole is not None:
             value, norm = whole
             value = value / size
-            self._look(batch, state, value, norm)
+            self._look(batch, state, value, norm, whole=True)
         else:
             self.optimizer.zero_grad(set_to_none=True)
             value, norm = self._gradients(batch, call)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
-            self._look(batch, state, value, norm)
+            self._look(batch, state, value, norm, whole=False)
             if self.count == 0:
                 self.weights.warn_of_unreached()
             if self.clip_norm is not None:
@@ -116,7 +118,9 @@ class Steps:
                 self._whole.resume()
         self.count += 1
         if call is not None and call.plan is not None and call.plan.audit.replays == call.plan.audit.agreed:
-            self._keep_agreed()
+            if self._whole is not None:
+                self._whole.settle()
+            self._agreed.keep(self.count)
         return value
 
     def go_on(self, count: int) -> None:
@@ -149,13 +153,13 @@ class Steps:
         self._finite.zero_()
         self._epoch.clear()
 
-    def _look(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
+    def _look(self, batch: Batch, state: State, value: Tensor, norm: Tensor, *, whole: bool) -> None:
         """Stops if the loss or gradient is not finite: at once, or at the end of the epoch if the device is a GPU."""
         if self._deferred:
             self._finite += ~self._stopped
             self._epoch.append((state, batch._replace(inputs=())))
         elif self._stopped:
-            if self._whole is not None:
+            if whole:
                 self._whole.settle(skipped=1)
             self._fail(batch, state, value, norm)
 
@@ -174,7 +178,9 @@ class Steps:
             if self._whole is not None:
                 self._whole.settle()
                 self._whole = None
-            if not WholeStep.fits(self.optimizer, plan.graph):
+            # a parameter that was frozen when the fit began counts neither for the optimizer nor for the norm
+            own = all(id(leaf) in self._own for leaf in plan.graph.leaves)
+            if not own or not WholeStep.fits(self.optimizer, plan.graph):
                 return None
             self._whole = WholeStep(plan.graph, self.optimizer, self.clip_norm)
         if not self._whole.holds():
@@ -186,18 +192,10 @@ class Steps:
         """Whether a batch is one of many of its size; a ragged last one is not worth generating code for."""
         return batch.size == self.batches.full_size
 
-    def _keep_agreed(self) -> None:
-        """Keeps the weights and the optimizer's state, to come back to if an audit finds that a recording is stale."""
-        if self._whole is not None:
-            self._whole.settle()
-        self._agreed = self.count, self.weights.copy(), copy.deepcopy(self.optimizer.state_dict())
-
     def _go_back(self, reason: str) -> None:
-        """Brings back what `_keep_agreed` kept, and goes on with plain Pyro."""
-        count, weights, optimizer = self._agreed
+        """Goes on with plain Pyro, from the weights that the last audit which agreed has seen."""
+        count = self._agreed.bring_back()
         warn(f"fit: {reason}, from the weights of step {count}; what steps {count} to {self.count} did is undone.")
-        self.weights.restore(weights)
-        self.optimizer.load_state_dict(optimizer)
         self.compiled = self._whole = None
 
     def data_points(self, batch: Batch) -> int:
@@ -207,7 +205,9 @@ class Steps:
     def _factor(self, size: int) -> Tensor:
         """1/size, one tensor for each size."""
         if size not in self._factors:
-            self._factors[size] = torch.tensor(1 / size, device=self.weights.device)
+            double = any(p.dtype == torch.float64 for p in self.weights.parameters)
+            dtype = torch.float64 if double else torch.float32
+            self._factors[size] = torch.tensor(1 / size, dtype=dtype, device=self.weights.device)
         return self._factors[size]
 
     def _gradients(self, batch: Batch, call: Call | None = None) -> tuple[Tensor, Tensor]:
@@ -218,10 +218,12 @@ class Steps:
                 pair.model, pair.guide, call, self._factor(size), generate_code=self._is_full(batch)
             )
             if found is not None:
-                for leaf, gradient in found.gradients:
-                    if id(leaf) in self._own:
-                        leaf.grad = gradient
-                return found.loss / size, found.norm
+                own = [(leaf, gradient) for leaf, gradient in found.gradients if id(leaf) in self._own]
+                for leaf, gradient in own:
+                    leaf.grad = gradient
+                if len(own) == len(found.gradients):
+                    return found.loss / size, found.norm
+                return found.loss / size, torch.nn.utils.get_total_norm([gradient for _, gradient in own])
         # the first step runs under the user's validation settings, so that Pyro says what it has to say
         with nullcontext() if self.count == 0 else pyro.validation_enabled(False):
             if has_differentiable_loss(self.elbo):
@@ -237,7 +239,7 @@ class Steps:
                         p.grad /= size
         return value, torch.nn.utils.get_total_norm([p.grad for p in self.weights.parameters if p.grad is not None])
 
-    def _fail(self, batch: Batch, state: tuple[Tensor, list[Tensor]], value: Tensor, norm: Tensor) -> None:
+    def _fail(self, batch: Batch, state: State, value: Tensor, norm: Tensor) -> None:
         if not self.weights.are_finite():
             self.weights.restore(self._last_finite)
         self.optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ from pyro_vae.compiled.recording import record
 
 
 @pytest.mark.parametrize("generate_code", [False, True])
-@pytest.mark.parametrize(("num_inputs", "num_held"), [(0, 1), (0, 3), (2, 0), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("num_inputs", "num_held"), [(0, 0), (0, 1), (0, 3), (2, 0), (2, 1), (2, 3)])
 def test_a_replay_draws_what_the_function_draws(generate_code, num_inputs, num_held, device):
     held = [torch.randn(4, device=device) for _ in range(num_held)]
 

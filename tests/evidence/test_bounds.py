@@ -51,3 +51,18 @@ def test_a_sandwich_closes_around_the_truth():
         assert f"mean {gap:.3f}" in repr(result)
     narrow = sandwich(truth.model, lambda x: truth.guide(x, 0.3), torch.zeros(200, 5), estimator=importance_sampling)
     assert narrow.mean[0] > 0.05 > 5 * error
+
+
+@pytest.mark.parametrize("estimator", [importance_sampling, adaptive_importance_sampling, annealed_importance_sampling])
+def test_one_particle(estimator):
+    """With K = 1 the exact draw is the only one: E −log w = E log q(z|x)/p(x, z) over the posterior, in closed form."""
+    truth, factor = LinearGaussian(3, 5), 1.3
+    guide = lambda x: truth.guide(x, factor)  # noqa: E731
+    options = {"num_temperatures": 20} if estimator is annealed_importance_sampling else {}
+    result = sandwich(truth.model, guide, torch.zeros(400, 5), estimator=estimator, num_particles=1, **options)
+    assert result.lower.num_particles == result.upper.num_particles == 1
+    gap, error = result.mean
+    assert error < 0.2
+    assert gap > -4 * error
+    if estimator is importance_sampling:  # KL(q‖p) + KL(p‖q) of Gaussians with one mean and scales that differ
+        assert abs(gap - 3 / 2 * (factor**2 + factor**-2 - 2)) < 4 * error
