@@ -71,7 +71,18 @@ def run(options: Any, file: str, select: str, *, plain: bool) -> Rows:
         env |= {"PYRO_TESTS_LOG": str(log), "PYRO_TESTS_PLAIN": "1" if plain else ""}
         env["PYRO_TESTS_EVERY"] = str(options.every)
         env.setdefault("OMP_NUM_THREADS", "1")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pyro_tests_plugin"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "pyro_tests_plugin",
+            "--assert=plain",
+        ]
+        command += ["--assert=plain"]  # pytest rewrites the assertions of models as well
         command += [f"tests/infer/{file}", *(["-k", select] if select else [])]
         try:
             done = subprocess.run(
@@ -158,7 +169,8 @@ def cause(why: Any) -> str:
     if isinstance(why, str):
         return why
     first = why[0]
-    text = re.sub(r"/\S+/", "", first["message"]).removeprefix("Pyro runs as it is, not compiled: ")
+    text = re.sub(r"/\S+/|\w+\.py:\d+: |objectives\.", "", first["message"])
+    text = re.sub(r"Pyro runs as it is, not compiled: |Trace\w*_ELBO|raise Untraceable.* \(Untraceable: ", "", text)
     reads = "read here" in text or "Untraceable" in str(first.get("error"))
     lines = [line for line in first.get("lines", []) if not line.startswith((":", "pyro_vae"))]
     if reads and lines:

@@ -26,6 +26,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_vae.compiled import CompiledELBO
+from pyro_vae.compiled.untraceable import Untraceable
 from pyro_vae.pairs.parameters import graph_leaves
 
 MOST_JITS = int(os.environ.get("PYRO_TESTS_JITS", "1"))  # calls for each reason, as the JIT is slow
@@ -70,19 +71,27 @@ class Guard:
 
 guard = Guard()
 refusals: list[dict[str, Any]] = []  # since the last call
+causes: dict[str, dict[str, Any]] = {}  # by the message of an `Untraceable`, of this test
 tried: Counter[tuple] = Counter()  # by Pyro's JIT
 
 
 def warn(message: Any, *args: Any, original: Callable = warnings.warn, **kwargs: Any) -> None:
     """In place of `warnings.warn`: what `CompiledELBO` says when it refuses is taken down, with where it comes from."""
     if str(message).startswith("CompiledELBO: "):
-        refusals.append({"message": str(message).removeprefix("CompiledELBO: "), **origin(sys.exc_info()[1])})
+        found = next((causes[text] for text in causes if text in str(message)), {})
+        refusals.append({"message": str(message).removeprefix("CompiledELBO: "), **found})
         return
     if len(args) >= 2:
         args = (args[0], args[1] + 1, *args[2:])
     else:
         kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
     original(message, *args, **kwargs)
+
+
+def untraceable(self: Untraceable, message: str) -> None:
+    """In place of the constructor of `Untraceable`: notes where the error that it comes from stands."""
+    RuntimeError.__init__(self, message)
+    causes[message] = origin(sys.exc_info()[1])
 
 
 def origin(error: BaseException | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pyro.util import get_rng_state
 from pyro_tests_calls import guard
 
 from pyro_vae.compiled import CompiledELBO
+from pyro_vae.compiled.untraceable import Untraceable
 
 METHODS = ("loss", "differentiable_loss", "loss_and_grads")
 JITS = {
@@ -56,6 +57,7 @@ class Log:
         self.compiled.clear()
         self.replaced.clear()
         calls.refusals.clear()
+        calls.causes.clear()
 
     def of(self, elbo: ELBO) -> CompiledELBO:
         """Ours of an objective, one for each."""
@@ -113,6 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("PYRO_TESTS_PLAIN"):
         return
     warnings.warn = calls.warn
+    Untraceable.__init__ = calls.untraceable
     for plain, jit in JITS.items():
         ours = replaced(plain, jit)
         for module in (pyro.infer, sys.modules[jit.__module__]):
