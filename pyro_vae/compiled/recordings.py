@@ -75,7 +75,7 @@ class Recordings:
         self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
         self._unanswered: OrderedDict[tuple, float] = OrderedDict()  # calls of a signature since its last replay
         self._floats: list[float] | None = None
-        self._moving_floats = self._changed = False
+        self._moving_floats = self._changed = self._values_only = False
         self._made = self._replayed = 0
         self._latest: Plan | None = None  # that answered the last call
 
@@ -120,6 +120,9 @@ class Recordings:
             lambda: record_gradients(run, *inputs[:-1], weight=inputs[-1]),
             *(self.model, self.guide, self.elbo, *call.static),
         )
+        if found is None and not self._values_only and "cannot be differentiated" in (refusal or ""):
+            self._values_only = True  # TraceEnum_ELBO says so where there is no parameter
+            return self.record(call, inputs)
         if found is None:
             if watch.moving is not None:
                 self._end(refusal, warn=True)
@@ -189,7 +192,7 @@ class Recordings:
         gradients = [leaf.grad for leaf in leaves]
         try:
             with fork_random_state(), Untouched(self.model, self.guide), pyro.validation_enabled(False):
-                if has_differentiable_loss(self.elbo):
+                if has_differentiable_loss(self.elbo) and not self._values_only:
                     loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
                 else:  # its backward pass adds to gradients in place
                     for leaf in leaves:
@@ -206,7 +209,7 @@ class Recordings:
         def run(*inputs: Tensor) -> list[Tensor]:
             args, kwargs = call.with_inputs(inputs)
             with poutine.trace(param_only=True) as seen:
-                if has_differentiable_loss(self.elbo):
+                if has_differentiable_loss(self.elbo) and not self._values_only:
                     # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
                     loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
                     if isinstance(loss, Tensor) and loss.requires_grad:

@@ -91,7 +91,7 @@ class Contents:
     def changes(self) -> Iterator[str]:
         for container, owner, _, copy in self.containers:
             for key in _differences(container, copy):
-                yield f"{key!r} of {owner}" if isinstance(container, dict) else f"an element of a {owner}"
+                yield f"{key!r} of {owner}" if isinstance(container, dict) else f"an element of {owner}"
         sizes = self.sizes[len(self.containers) :]
         for space, before, owner in zip(self.sized, sizes, self.owners, strict=True):
             if len(space) != before:

@@ -2,6 +2,8 @@
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
@@ -43,3 +45,13 @@ def assert_same(elbo, model, guide, *args, backend="eager", calls=4, rtol=1e-6, 
     assert len(compiled.plans) == 1
     assert not compiled.reasons
     return compiled
+
+
+def asserting(x):
+    """A model with assertions. It stands here, as pytest rewrites those in files of tests."""
+    assert (x.abs() < 100).all()
+    assert not x.isnan().any(), "no"
+    assert x.max() > 0 and x.min() < 0
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
