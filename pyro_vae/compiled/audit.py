@@ -1,8 +1,9 @@
 """Audits: a recording is held against a run of plain Pyro now and then, on the same random numbers.
 
 What a recorded run has read is watched (`watch.py`), but nobody can watch everything: files, clocks, the state of other
-libraries. So at the 2nd, 4th, 8th, … replay, and from then on at about one of 200, plain Pyro computes the loss too. A
-difference ends the use of the recording; all that was computed since the last audit that agreed is in doubt.
+libraries. So at the 2nd, 4th, 8th, … replay, and from then on at about one of 200, plain Pyro computes the loss and its
+gradients' norm too. A difference ends the use of the recording; all that was computed since the last audit that agreed
+is in doubt.
 
 An audit costs as much as a few replays. Later ones are spread so that they take about half a percent of the time.
 """
@@ -27,6 +28,9 @@ SHARE = 0.005  # of the time that audits may take
 REPLAYED, FUSED = 1e-5, 1e-4  # relative differences of losses by rounding: operation by operation, in fused code
 
 
+Plain = Callable[[tuple, dict[str, Any]], tuple[Tensor, Tensor]]
+
+
 class Diverged(RuntimeError):
     """A replay gave another loss than plain Pyro."""
 
@@ -35,8 +39,8 @@ class Audit:
     """Holds a recording against plain Pyro.
 
     Args:
-        graph: of the recording; loss first.
-        plain: (args, kwargs) -> the loss by plain Pyro, which leaves everything as it was, random state included.
+        graph: of the recording; loss and norm of the gradients first. Its last input is their factor.
+        plain: (args, kwargs) -> loss and norm by plain Pyro, which leaves everything as it was, random state included.
         end: called with the reason when they differ.
 
     Attributes:
@@ -44,9 +48,7 @@ class Audit:
         agreed: at which replay an audit last agreed; 0 stands for the recorded run itself.
     """
 
-    def __init__(
-        self, graph: Graph, plain: Callable[[tuple, dict[str, Any]], Tensor], end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, graph: Graph, plain: Plain, end: Callable[[str], None]) -> None:
         self.graph, self.plain, self.end = graph, plain, end
         self.replays = self.agreed = 0
         self._next, self._since = 2.0, time.perf_counter()
@@ -54,7 +56,7 @@ class Audit:
     def replay(
         self, run: Callable[[], Any], args: tuple, kwargs: dict[str, Any], inputs: list[Tensor], *, fused: bool
     ) -> Any:
-        """Returns what `run` does, of which the first is the loss; and audits it if it is its turn.
+        """Returns what `run` does, of which loss and norm come first; and audits it if it is its turn.
 
         Args:
             run: replays the recording.
@@ -73,15 +75,16 @@ class Audit:
         expected = self.plain(args, kwargs)
         seconds = time.perf_counter() - start
         found = run()
-        same = _agree(expected, found[0], FUSED if fused else REPLAYED)
+        same = _agree(expected, found, inputs[-1], FUSED if fused else REPLAYED)
         if not same and not (fused and self._is_rounding(args, kwargs, inputs)):
-            self.end("an audit found another loss than plain Pyro's")
+            self.end("an audit found another loss or gradient than plain Pyro's")
+            (loss, norm), (ours, our_norm) = map(float, expected), (float(found[0]), float(found[1] / inputs[-1]))
             raise Diverged(
-                f"an audit found that replay {self.replays} of a recording gives loss {float(found[0]):.6g}, and plain "
-                f"Pyro {float(expected):.6g} on the same random numbers: something that the model or guide reads has "
-                "changed, and it is none of the things that are watched. Try to pass it as an argument, or as a tensor "
-                f"that is filled in place. The last audit that agreed was at replay {self.agreed}; from now on plain "
-                "Pyro runs"
+                f"an audit found that replay {self.replays} of a recording gives loss {ours:.6g} and gradient norm "
+                f"{our_norm:.4g}, and plain Pyro {loss:.6g} and {norm:.4g} on the same random numbers: something that "
+                "the model or guide reads has changed, and it is none of the things that are watched. Try to pass it "
+                "as an argument, or as a tensor that is filled in place. The last audit that agreed was at replay "
+                f"{self.agreed}; from now on plain Pyro runs"
             )
         self._plan_next(seconds)
         return found
@@ -107,17 +110,23 @@ class Audit:
                 with torch.enable_grad():
                     expected = self.plain(args, kwargs)
                 torch.manual_seed(seed)
-                loss = self.graph.module(*self.graph.tensors, *inputs)[0]
+                found = self.graph.module(*self.graph.tensors, *inputs)
                 for tensor, value in zip(self.graph.tensors, before, strict=True):
                     if not torch.equal(tensor, value):
                         tensor.copy_(value)
-                if not _agree(expected, loss, REPLAYED):
+                if not _agree(expected, found, inputs[-1], REPLAYED):
                     return False
         return True
 
 
-def _agree(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    """Whether two losses are the same to a relative tolerance, or both not finite in the same way."""
+def _agree(expected: tuple[Tensor, Tensor], found: Any, weight: Tensor, tolerance: float) -> bool:
+    """Whether loss and norm are the same to a relative tolerance, which for the norm is ten times as large."""
+    loss, norm = found[0], found[1] / weight
+    return _close(expected[0], loss, tolerance) and _close(expected[1], norm, 10 * tolerance)
+
+
+def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Whether two numbers are the same to a relative tolerance, or both not finite in the same way."""
     a, b = float(first), float(second)
     if not (isfinite(a) and isfinite(b)):
         return a == b or (a != a and b != b)

@@ -132,7 +132,7 @@ class Recordings:
             return None
         (loss, norm), gradients, graph = found
         if changed is None:
-            audit = Audit(graph, partial(self._loss_by_pyro, graph.leaves), self._end)
+            audit = Audit(graph, partial(self._by_pyro, graph.leaves), self._end)
             self._keep(call, Plan(graph, watch, stored, call.static, self._made == 0, audit))
         elif self._changed:  # once may be a set-up
             self._end(f"{changed} is changed by the model or guide in each run", warn=True)
@@ -187,21 +187,24 @@ class Recordings:
         """All recordings, the most recently used last."""
         return [plan for plans in self._plans.values() for plan in plans]
 
-    def _loss_by_pyro(self, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The loss by Pyro as it is. Everything is left as it was: state, gradients of `leaves`, random numbers."""
-        gradients = [leaf.grad for leaf in leaves]
+    def _by_pyro(self, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Loss and norm of its gradients, by Pyro as it is. State, `.grad` and random numbers are left as they were."""
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
         try:
             with fork_random_state(), Untouched(self.model, self.guide), pyro.validation_enabled(False):
                 if has_differentiable_loss(self.elbo) and not self._values_only:
                     loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                else:  # its backward pass adds to gradients in place
-                    for leaf in leaves:
-                        leaf.grad = None
+                    if loss.requires_grad:
+                        loss.backward()
+                else:
                     loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         finally:
-            for leaf, gradient in zip(leaves, gradients, strict=True):
+            for leaf, gradient in zip(leaves, before, strict=True):
                 leaf.grad = gradient
-        return torch.as_tensor(loss).detach()
+        return torch.as_tensor(loss).detach(), torch.nn.utils.get_total_norm(gradients)
 
     def _run_of(self, call: Call, stored: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
         """The function of a call's inputs that is recorded. Its run puts parameters of Pyro's store into `stored`."""

@@ -51,7 +51,7 @@ def asserting(x):
     """A model with assertions. It stands here, as pytest rewrites those in files of tests."""
     assert (x.abs() < 100).all()
     assert not x.isnan().any(), "no"
-    assert x.max() > 0 and x.min() < 0
+    assert x.max() > 0 and x.min() < 0  # noqa: PT018
     loc = pyro.sample("loc", dist.Normal(torch.zeros(x.shape[-1]), 1.0).to_event(1))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)

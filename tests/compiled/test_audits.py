@@ -98,28 +98,56 @@ def test_fit_goes_back_to_where_the_last_audit_agreed(tmp_path, compile):
 
 def test_a_sum_that_cancels_or_a_draw_at_its_threshold_is_no_difference():
     """Fused code rounds in another way; the recording itself agrees with Pyro."""
-    _, _, graph = record(lambda x: [torch.randn(()) + x], torch.tensor(0.0))
-    x = torch.tensor(1.0)
-    audit = Audit(graph, lambda args, kwargs: torch.randn(()) + x, lambda reason: None)
-    for fused in (True, False):
-        audit.replays = audit.agreed + 1_000_000
-        if fused:
-            assert audit.replay(lambda: (x + 0.01,), (), {}, [x], fused=True) == (x + 0.01,)
-        else:
-            with pytest.raises(RuntimeError, match="an audit found"):
-                audit.replay(lambda: (x + 0.01,), (), {}, [x], fused=False)
+    x, norm = torch.tensor(1.0), torch.ones(())
+    _, _, graph = record(lambda x: [torch.randn(()) + x, x], x)
+    audit = Audit(graph, lambda args, kwargs: (torch.randn(()) + x, norm), lambda reason: None)
+    audit.replays = 1_000_000
+    assert audit.replay(lambda: (x + 0.01, norm), (), {}, [x], fused=True) == (x + 0.01, norm)
+    audit.replays = 2_000_000
+    with pytest.raises(RuntimeError, match="an audit found"):
+        audit.replay(lambda: (x + 0.01, norm), (), {}, [x], fused=False)
 
 
 def test_audits_become_rare():
+    one = torch.ones(())
     _, _, graph = record(lambda x: [x + 1], torch.zeros(()))
     runs = []
-    audit = Audit(graph, lambda args, kwargs: runs.append(audit.replays) or torch.ones(()), lambda reason: None)
+    audit = Audit(graph, lambda args, kwargs: runs.append(audit.replays) or (one, one), lambda reason: None)
     for _ in range(10_000):
-        audit.replay(lambda: (torch.ones(()),), (), {}, [], fused=False)
+        audit.replay(lambda: (one, one), (), {}, [one], fused=False)
     assert runs[:8] == [2, 4, 8, 16, 32, 64, 128, 256]
     gaps = [b - a for a, b in itertools.pairwise(runs[7:])]
     assert min(gaps) >= 200
     assert max(gaps) <= 1000
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with a gradient that depends on a file."""
+
+    file = None
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float(Reversed.file.read_text())
+
+
+def test_audits_see_gradients_too(tmp_path):
+    Reversed.file = tmp_path / "factor"
+    Reversed.file.write_text("1.0")
+    model, _ = scaled_pair(lambda: 1.0)
+
+    def guide(x):
+        a = pyro.param("a", torch.tensor(0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(Reversed.apply(a) * x, 1.0))
+
+    compiled = CompiledELBO(backend="eager")
+    with pytest.warns(UserWarning, match="an audit found that replay 8 of a recording gives loss"):
+        losses(compiled, (model, guide), 20, lambda step: Reversed.file.write_text("1.0" if step < 8 else "2.0"))
 
 
 class Own:
