@@ -40,7 +40,7 @@ class Audit:
 
     Args:
         graph: of the recording; loss and norm of the gradients first. Its last input is their factor.
-        plain: (args, kwargs) -> loss and norm by plain Pyro, which leaves everything as it was, random state included.
+        plain: (args, kwargs) -> loss and norm by plain Pyro, which leaves `.grad` and random states as they were.
         end: called with the reason when they differ.
 
     Attributes:
@@ -52,6 +52,7 @@ class Audit:
         self.graph, self.plain, self.end = graph, plain, end
         self.replays = self.agreed = 0
         self._next, self._since = 2.0, time.perf_counter()
+        self._moved = [t for t in graph.tensors if not t.requires_grad]  # those that a run changes, once that is known
 
     def replay(
         self, run: Callable[[], Any], args: tuple, kwargs: dict[str, Any], inputs: list[Tensor], *, fused: bool
@@ -72,7 +73,7 @@ class Audit:
         if self.replays < self._next:
             return run()
         start = time.perf_counter()
-        expected = self.plain(args, kwargs)
+        expected = self._run_plain(args, kwargs)
         seconds = time.perf_counter() - start
         found = run()
         same = _agree(expected, found, inputs[-1], FUSED if fused else REPLAYED)
@@ -87,6 +88,16 @@ class Audit:
                 f"{self.agreed}; from now on plain Pyro runs"
             )
         self._plan_next(seconds)
+        return found
+
+    def _run_plain(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What plain Pyro gives; puts back the tensors that it changes, such as the statistics of a BatchNorm."""
+        before = [t.detach().clone() for t in self._moved]
+        found = self.plain(args, kwargs)
+        moved = [(t, value) for t, value in zip(self._moved, before, strict=True) if not torch.equal(t, value)]
+        for tensor, value in moved:
+            tensor.data.copy_(value)
+        self._moved = [t for t, _ in moved]
         return found
 
     def _plan_next(self, seconds: float) -> None:
@@ -108,7 +119,7 @@ class Audit:
             for seed in range(2):
                 torch.manual_seed(seed)
                 with torch.enable_grad():
-                    expected = self.plain(args, kwargs)
+                    expected = self._run_plain(args, kwargs)
                 torch.manual_seed(seed)
                 found = self.graph.module(*self.graph.tensors, *inputs)
                 for tensor, value in zip(self.graph.tensors, before, strict=True):

@@ -29,7 +29,6 @@ from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
 from pyro_vae.objectives.protocol import has_differentiable_loss
 from pyro_vae.pairs.modes import fork_random_state
-from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["LossAndGradients", "Recordings"]
 
@@ -188,12 +187,12 @@ class Recordings:
         return [plan for plans in self._plans.values() for plan in plans]
 
     def _by_pyro(self, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss and norm of its gradients, by Pyro as it is. State, `.grad` and random numbers are left as they were."""
+        """Loss and norm of its gradients, by Pyro as it is. `.grad` and random states are left as they were."""
         before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         try:
-            with fork_random_state(), Untouched(self.model, self.guide), pyro.validation_enabled(False):
+            with fork_random_state(), pyro.validation_enabled(False):
                 if has_differentiable_loss(self.elbo) and not self._values_only:
                     loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
                     if loss.requires_grad:
