@@ -6,7 +6,7 @@ Runs pytest in the checkout, once as it is and once with `pyro_tests_plugin.py`,
 again through `CompiledELBO` (backend "eager") under the same seed, four times, and compares loss, gradients, the
 parameters that were used and the state of the random generators. The same plugin replaces `JitTrace_ELBO` and its
 siblings by `CompiledELBO`. The tables go to benchmark_output/pyro_tests.md as well. The exit status is 1 if a call
-differs or fails, or if a test fails that passes without the plugin.
+differs or fails, or if a test fails, or does not run in the time, that passes without the plugin.
 """
 
 from __future__ import annotations
@@ -117,9 +117,16 @@ def report(plain: dict[str, Rows], ours: dict[str, Rows]) -> tuple[list[str], bo
         for row in (*calls, *losses):
             if row["same"] in ("different", "error"):
                 bad.append(f"- {name(row)}, {row['elbo']}.{row['method']}, {row['same']}: {row['note']}")
+        missing = ran(plain[file]) - ran(rows)
+        if missing:
+            bad.append(f"- {file}: {len(missing)} of {len(ran(plain[file]))} tests did not run with ours in the time")
         bad += [f"- {t}: fails with ours only: {why}" for t, why in new_failures(plain[file], rows)]
     lines += ["", *replaced(ours), "", *refusals(ours)]
-    return [*lines, "", "Different, or errors:", "", *(bad or ["none"])], not bad
+    return [*lines, "", "Different, errors, or not run:", "", *(bad or ["none"])], not bad
+
+
+def ran(rows: Rows) -> set[str]:
+    return {row["id"] for row in rows if row["kind"] == "outcome"}
 
 
 def outcomes(rows: Rows) -> str:
