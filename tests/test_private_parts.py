@@ -41,6 +41,8 @@ PARTS = [
     ("torch", "_inductor", "compiled: code is generated; without it graphs are replayed operation by operation"),
     ("torch.utils", "_pytree", "compiled: arguments that are nested"),
     ("torch.utils", "_python_dispatch", "particles: passes of a size that fits the caches"),
+    ("torch.Tensor", "_backward_hooks", "compiled: hooks of gradients"),
+    ("torch.Tensor", "_post_accumulate_grad_hooks", "compiled: hooks of gradients"),
     ("torch.Tensor", "_version", "distributions: draws that are scored from the noise that made them"),
     ("torch.distributions.Distribution", "_extended_shape", "distributions: draws"),
     ("torch.distributions.Distribution", "_validate_args", "distributions: validation of our own ones"),

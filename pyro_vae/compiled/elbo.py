@@ -32,7 +32,7 @@ from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan
 from pyro_vae.compiled.recordings import LossAndGradients, Recordings
-from pyro_vae.objectives.protocol import annealed
+from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.threads import one_thread
 
@@ -119,7 +119,7 @@ class CompiledELBO(ELBO):
         schedule = annealed(self.elbo)
         if schedule is not None:  # it moves between runs: a recording of the move would repeat it
             schedule.set_step(next(self._steps))
-        found = self._run(model, guide, args, kwargs)
+        found = self._run("loss_and_grads", model, guide, args, kwargs)
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
         for leaf, gradient in found.gradients:
@@ -131,7 +131,7 @@ class CompiledELBO(ELBO):
     @one_thread
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor that can be differentiated once, with respect to the parameters."""
-        found = self._run(model, guide, args, kwargs)
+        found = self._run("differentiable_loss", model, guide, args, kwargs)
         if found is None:
             return self.elbo.differentiable_loss(model, guide, *args, **kwargs)
         if not found.gradients:
@@ -142,9 +142,9 @@ class CompiledELBO(ELBO):
     def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> tuple:
         return self.elbo._get_trace(model, guide, args, kwargs)
 
-    def _run(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> LossAndGradients | None:
+    def _run(self, method: str, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> LossAndGradients | None:
         """Loss and gradients, with `pyro.param` called for each parameter. None if Pyro must run as it is."""
-        call = self.find(model, guide, args, kwargs)
+        call = self.find(model, guide, args, kwargs, method)
         state = random_state()
         try:
             found = None if call is None else self.run(model, guide, call)
@@ -159,11 +159,29 @@ class CompiledELBO(ELBO):
 
     # -- for who takes the steps, as `fit` does -----------------------------------------------------------------------
 
-    def find(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any] | None = None) -> Call | None:
-        """The call, with its recording if there is one. None if Pyro must run as it is."""
+    def find(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: dict[str, Any] | None = None,
+        method: str | None = None,
+    ) -> Call | None:
+        """The call, with its recording if there is one. None if Pyro must run as it is.
+
+        Args:
+            model: the model.
+            guide: the guide.
+            args: what both are called with.
+            kwargs: the same, by name.
+            method: of the objective, "differentiable_loss" or "loss_and_grads"; default: the first where it has one.
+                The second skips parameters of modules that Pyro's store does not know, if it knows of no others.
+        """
         if not torch.is_grad_enabled() or any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             return None  # the next call may have other handlers around it
-        return self._pair(model, guide).find(args, kwargs or {})
+        if method is None:
+            method = "differentiable_loss" if has_differentiable_loss(self.elbo) else "loss_and_grads"
+        return self._pair(model, guide).find(method, args, kwargs or {})
 
     def run(
         self, model: Callable, guide: Callable, call: Call, weight: Tensor | None = None, *, generate_code: bool = True

@@ -19,10 +19,10 @@ __all__ = ["Handler"]
 
 # Pyro's own code reads some values that it does not act upon. Pyro cannot ask `is_recording()`, as our code does, so
 # these reads are known by the module they stand in.
-REPORTS_LOSSES = ("pyro.infer.", "pyro.distributions.util")  # prefixes: `item` of a loss, to add it up and return it
+# prefixes of modules that read the `item` of a loss, to add it up and return it
+REPORTS_LOSSES = ("pyro.infer.", "pyro.distributions.util", "pyro_vae.objectives.")
 WARNS_OF_NAN = ("pyro.util", "pyro.infer.util", "pyro.distributions.util")  # `bool` of a test for NaN, only to warn
 SUMS_FACTORS = "pyro.infer.util"  # `masked_select` of factors whose sum is all that counts
-
 
 READS_VALUES = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 READS_ONE = (Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__)

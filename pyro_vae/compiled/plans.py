@@ -70,13 +70,14 @@ class Plan:
 
     def _properties(self) -> list[tuple]:
         """What a user may change about a tensor without replacing it, such as freezing it or moving it to a device."""
-        return [(t.requires_grad, t.device, t.dtype, t.shape) for t in self.graph.tensors]
+        return [(t.requires_grad, t.device, t.dtype, t.shape, _hooks(t)) for t in self.graph.tensors]
 
 
 class Call(NamedTuple):
     """A call of a loss, taken apart.
 
     Attributes:
+        method: of the objective that is called: "loss_and_grads" or "differentiable_loss".
         args: positional arguments.
         kwargs: named arguments.
         key: the signature.
@@ -88,6 +89,7 @@ class Call(NamedTuple):
         plan: the recording that answers the call, if there is one.
     """
 
+    method: str
     args: tuple
     kwargs: dict[str, Any]
     key: tuple
@@ -105,12 +107,13 @@ class Call(NamedTuple):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def call_of(args: tuple, kwargs: dict[str, Any], moving_floats: bool) -> Call | None:
+def call_of(method: str, args: tuple, kwargs: dict[str, Any], moving_floats: bool) -> Call | None:
     """Takes a call apart. None if an argument allows no recording.
 
     Such arguments are tensors that require a gradient, and numpy arrays, which may change in place.
 
     Args:
+        method: of the objective.
         args: positional arguments.
         kwargs: named arguments.
         moving_floats: whether floats change from call to call and so are inputs, with the precision of the tensors.
@@ -136,7 +139,15 @@ def call_of(args: tuple, kwargs: dict[str, Any], moving_floats: bool) -> Call | 
     constants = tuple((type(a), _value(a)) for a in static)
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
     modes = (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    return Call(args, kwargs, (spec, shapes, constants, modes), spec, leaves, is_input, inputs, static)
+    settings = tuple(_value(v) for name, v in pyro.settings.get().items() if not name.startswith("validate"))
+    key = (method, spec, shapes, constants, modes, settings)
+    return Call(method, args, kwargs, key, spec, leaves, is_input, inputs, static)
+
+
+def _hooks(tensor: Tensor) -> tuple | None:
+    """The hooks of a tensor's gradient, by identity. They may be added, changed and taken away."""
+    hooks = tensor._backward_hooks
+    return tuple(map(id, hooks.values())) if hooks else None
 
 
 def _value(constant: Any) -> Any:

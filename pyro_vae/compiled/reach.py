@@ -31,7 +31,8 @@ CONTAINERS = (dict, list, tuple, deque, set, frozenset)
 MISSING = object()
 MOST_OBJECTS = 5000  # so many are looked into, nearest first, and no more
 LONGEST = 2000  # elements of a container that are looked at one by one
-GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+PARTS = ("_parameters", "_buffers", "_modules")  # of a module
 NOT_READING = {"__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__", "__reduce__"}
 NOT_READING |= {"__getstate__", "__setstate__", "__del__", "__set_name__"}  # methods that no running model calls
 
@@ -160,6 +161,8 @@ class Reach:
         inside = getattr(thing, "__dict__", None)
         if not isinstance(inside, dict) or (library and isinstance(thing, CONTAINERS)):
             return
+        for part in PARTS if isinstance(thing, nn.Module) else ():
+            self._follow(inside[part], owner)  # buffers that are replaced are no scratch
         if library or _has_library_parts(cls):
             self._container(inside, owner, library)
             return

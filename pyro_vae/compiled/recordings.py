@@ -27,7 +27,6 @@ from pyro_vae.compiled.audit import Audit
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
-from pyro_vae.objectives.protocol import has_differentiable_loss
 from pyro_vae.pairs.modes import fork_random_state
 
 __all__ = ["LossAndGradients", "Recordings"]
@@ -74,20 +73,20 @@ class Recordings:
         self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
         self._unanswered: OrderedDict[tuple, float] = OrderedDict()  # calls of a signature since its last replay
         self._floats: list[float] | None = None
-        self._moving_floats = self._changed = self._values_only = False
+        self._moving_floats = self._changed = False
         self._made = self._replayed = 0
         self._latest: Plan | None = None  # that answered the last call
 
-    def find(self, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def find(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, with its recording if there is one. None if Pyro must run as it is."""
-        call = call_of(args, kwargs, self._moving_floats)
+        call = call_of(method, args, kwargs, self._moving_floats)
         if call is None or self.refused is not None:
             return None
         if not self._moving_floats:
             floats = [leaf for leaf in call.leaves if isinstance(leaf, float)]
             if self._floats not in (None, floats):
                 self._moving_floats = True
-                return self.find(args, kwargs)
+                return self.find(method, args, kwargs)
             self._floats = floats
         plans = self._plans.get(call.key, [])
         plan = next((plan for plan in plans if plan.change() is None), None)
@@ -119,9 +118,6 @@ class Recordings:
             lambda: record_gradients(run, *inputs[:-1], weight=inputs[-1]),
             *(self.model, self.guide, self.elbo, *call.static),
         )
-        if found is None and not self._values_only and "cannot be differentiated" in (refusal or ""):
-            self._values_only = True  # TraceEnum_ELBO says so where there is no parameter
-            return self.record(call, inputs)
         if found is None:
             if watch.moving is not None:
                 self._end(refusal, warn=True)
@@ -130,10 +126,12 @@ class Recordings:
                 self._warn(refusal)
             return None
         (loss, norm), gradients, graph = found
-        if changed is None:
-            audit = Audit(graph, partial(self._by_pyro, graph.leaves), self._end)
+        if any(leaf._post_accumulate_grad_hooks for leaf in graph.leaves):
+            self._end("a hook waits for a gradient to be accumulated, which a replay does not do", warn=True)
+        if changed is None and self.refused is None:
+            audit = Audit(graph, partial(self._by_pyro, call.method, graph.leaves), self._end)
             self._keep(call, Plan(graph, watch, stored, call.static, self._made == 0, audit))
-        elif self._changed:  # once may be a set-up
+        elif changed is not None and self._changed:  # once may be a set-up
             self._end(f"{changed} is changed by the model or guide in each run", warn=True)
         self._changed = changed is not None
         return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True)), list(stored))
@@ -186,19 +184,16 @@ class Recordings:
         """All recordings, the most recently used last."""
         return [plan for plans in self._plans.values() for plan in plans]
 
-    def _by_pyro(self, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _by_pyro(self, method: str, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Loss and norm of its gradients, by Pyro as it is. `.grad` and random states are left as they were."""
         before = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
         try:
             with fork_random_state(), pyro.validation_enabled(False):
-                if has_differentiable_loss(self.elbo) and not self._values_only:
-                    loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                    if loss.requires_grad:
-                        loss.backward()
-                else:
-                    loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                loss = getattr(self.elbo, method)(self.model, self.guide, *args, **kwargs)
+                if isinstance(loss, Tensor) and loss.requires_grad:
+                    loss.backward()
             gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
         finally:
             for leaf, gradient in zip(leaves, before, strict=True):
@@ -211,17 +206,15 @@ class Recordings:
         def run(*inputs: Tensor) -> list[Tensor]:
             args, kwargs = call.with_inputs(inputs)
             with poutine.trace(param_only=True) as seen:
-                if has_differentiable_loss(self.elbo) and not self._values_only:
-                    # loss_and_grads skips parameters of plain modules, which Pyro's store does not hold
-                    loss = self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
-                    if isinstance(loss, Tensor) and loss.requires_grad:
-                        loss.backward()
-                        loss = loss.detach()
-                else:
-                    loss = self.elbo.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                loss = getattr(self.elbo, call.method)(self.model, self.guide, *args, **kwargs)
+                if isinstance(loss, Tensor) and loss.requires_grad:
+                    loss.backward()
+                    loss = loss.detach()
             stored.update({n: s["value"].unconstrained() for n, s in seen.trace.nodes.items() if s["type"] == "param"})
+            if isinstance(loss, (int, float)):  # of a model without sites
+                loss = torch.tensor(loss, dtype=torch.float64)
             if not isinstance(loss, Tensor):
-                raise Untraceable(f"{type(self.elbo).__name__}.loss_and_grads returns a {type(loss).__name__}")
+                raise Untraceable(f"{type(self.elbo).__name__}.{call.method} returns a {type(loss).__name__}")
             return [loss]
 
         return run

@@ -14,13 +14,11 @@ from types import MethodType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from pyro_vae.compiled.reach import MISSING, NUMBERS, read_attribute
 
 __all__ = ["Arrays", "Attributes", "Contents", "Entries"]
 
-STATE = (*NUMBERS, Tensor)  # of an object of a library: no scratch
 LARGEST_ARRAY = 2**14  # bytes of a NumPy array that is compared with a copy
 
 
@@ -107,7 +105,7 @@ class Contents:
             if not differ:
                 kept.append((container, owner, library, copy))
             elif isinstance(container, dict):
-                named = {key: value for key, value in copy.items() if key not in differ or isinstance(value, STATE)}
+                named = {key: value for key, value in copy.items() if key not in differ or isinstance(value, NUMBERS)}
                 left += [(container, key, owner, value) for key, value in named.items()]
         if len(kept) < len(self.containers):
             self.containers = kept
