@@ -22,6 +22,7 @@ from pyro_vae.compiled.watch import Watch
 
 __all__ = ["Call", "Plan", "call_of"]
 
+SETTINGS = [name for name in pyro.settings.get() if not name.startswith("validate")]  # of Pyro: those of numbers
 PAYS_AFTER = (
     1000  # replays of a recording, if it is not the only one: as numbers or shapes change, it may not live long
 )
@@ -139,7 +140,7 @@ def call_of(method: str, args: tuple, kwargs: dict[str, Any], moving_floats: boo
     constants = tuple((type(a), _value(a)) for a in static)
     shapes = tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)
     modes = (torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
-    settings = tuple(_value(v) for name, v in pyro.settings.get().items() if not name.startswith("validate"))
+    settings = tuple(map(pyro.settings.get, SETTINGS))
     key = (method, spec, shapes, constants, modes, settings)
     return Call(method, args, kwargs, key, spec, leaves, is_input, inputs, static)
 

@@ -175,8 +175,10 @@ class Recordings:
 
     def _warn(self, reason: str) -> None:
         """Notes why Pyro runs as it is, and warns of the first reason."""
-        self.reasons.append(reason)
-        if len(self.reasons) == 1:
+        first = not self.reasons
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        if first:
             warn(f"CompiledELBO: Pyro runs as it is, not compiled: {reason}.")
 
     @property
