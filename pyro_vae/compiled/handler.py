@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,14 @@ class Handler(TorchFunctionMode):
     Attributes:
         gradients: {leaf: gradient}, summed over all calls of `Tensor.backward`.
         weight: what each `Tensor.backward` multiplies its tensor by.
+        reads: (function, tensor, value): values of tensors from outside that the run has read, and kept.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gradients: dict[Tensor, Tensor] = {}
         self.weight: Tensor | None = None
+        self.reads: list[tuple[Callable, Tensor, Any]] = []
         self._made: dict[int, Tensor] = {}  # leaves that the function makes for itself: their gradients are not wanted
         self._constants = Constants()
 
@@ -66,6 +69,9 @@ class Handler(TorchFunctionMode):
                 return func(*args)
         if not constant:
             self._refuse_values(func, args)
+        if func in READS_ONE:  # raises if the recorded run has computed the tensor
+            self.reads.append((func, args[0], func(*args)))
+            return self.reads[-1][2]
         result = func(*args, **(kwargs or {}))
         self._constants.note(func, tensors, result, (kwargs or {}).get("out"))
         return result

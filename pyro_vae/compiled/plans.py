@@ -62,6 +62,8 @@ class Plan:
         for name, tensor in self.stored.items():
             if params.get(name) is not tensor:
                 return f"parameter {name!r}"
+        if not self.graph.reads_the_same():
+            return "the value of a tensor that is read"
         return "a tensor's properties" if self._properties() != self.properties else self.watch.changed()
 
     @property

@@ -140,7 +140,8 @@ class Reach:
             inside = vars(base)
             self.sized.append((base, base.__qualname__))
             for name, value in inside.items():
-                special = isinstance(value, FunctionType) and name.startswith("__")
+                called = name.startswith("__") or (name == "forward" and issubclass(base, nn.Module))
+                special = isinstance(value, FunctionType) and called
                 if name in self.names or (special and (constructed or name not in NOT_READING)):
                     self.entries.append((base, name, base.__qualname__))
                     self._follow(value, f"{name!r} of {base.__qualname__}")

@@ -14,7 +14,8 @@ A function that decides by values what to do next has no such graph. `Untraceabl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -38,13 +39,22 @@ class Graph:
         tensors: what the function read besides its arguments. They are kept alive, and read in each call.
         leaves: those of `tensors` that have gradients. The graph returns these after the function's results.
         num_results: how many tensors the function returns.
+        reads: (function, tensor, value): what the run has read from tensors, and kept as numbers.
 
     Attributes:
         generated: whether `generate_code` has been called.
     """
 
-    def __init__(self, module: GraphModule, tensors: list[Tensor], leaves: list[Tensor], num_results: int) -> None:
+    def __init__(
+        self,
+        module: GraphModule,
+        tensors: list[Tensor],
+        leaves: list[Tensor],
+        num_results: int,
+        reads: Sequence[tuple[Callable, Tensor, Any]] = (),
+    ) -> None:
         self.module, self.tensors, self.leaves, self.num_results = module, tensors, leaves, num_results
+        self.reads = reads
         self.generated = False
         self._run: Callable = module.forward
 
@@ -53,6 +63,10 @@ class Graph:
         with torch.no_grad():
             outputs = self._run(*self.tensors, *inputs)
         return list(outputs[: self.num_results]), list(outputs[self.num_results :])
+
+    def reads_the_same(self) -> bool:
+        """Whether the values that the run has read are what they were."""
+        return all(function(tensor) == value for function, tensor, value in self.reads)
 
     def generate_code(self, *inputs: Tensor) -> None:
         """Goes on with code that torch's inductor generates, if it can. `inputs` are examples."""
@@ -123,7 +137,7 @@ def _record(
         raise Untraceable("a parameter is made in each call")
     module.graph.eliminate_dead_code()  # it keeps unused draws, so that later ones get the same random numbers
     module.recompile()
-    return values[:num_results], values[num_results:], Graph(module, tensors, leaves, num_results)
+    return values[:num_results], values[num_results:], Graph(module, tensors, leaves, num_results, handler.reads)
 
 
 def _lift(module: GraphModule) -> list[Tensor]:

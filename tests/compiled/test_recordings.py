@@ -197,3 +197,13 @@ def test_a_users_module_whose_name_begins_like_a_librarys_is_watched(module):
     )
     guide = scaled_pair(lambda: 1.0)[1]
     assert_follows((scope["model"], guide), lambda i: scope.update(BETA=1.0 + i // 4), recordings=3)
+
+
+def test_the_value_of_a_tensor_from_outside_is_watched():
+    factor = torch.tensor(0.5)
+    pair, compiled = scaled_pair(lambda: factor.item()), CompiledELBO(Trace_ELBO(), backend="eager")
+    for i in range(12):
+        factor.fill_(0.5 if i < 6 else 0.7)
+        assert gradients(compiled, *pair, Y)[0] == pytest.approx(gradients(Trace_ELBO(), *pair, Y)[0], rel=1e-6)
+    assert len(compiled.plans) == 2
+    assert not compiled.reasons

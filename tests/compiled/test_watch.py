@@ -183,6 +183,25 @@ def test_modules_of_torch():
         assert watch.changed() == name if name else watch.changed() is not None
 
 
+def test_what_the_forward_of_a_users_module_reads():
+    """Torch calls it: nobody mentions its name."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.slope, self.losses = 1.0, []
+
+        def forward(self, x):
+            return self.slope * x
+
+    network = Network()
+    watch = Watch(lambda x: network(x))
+    network.losses.append(1)
+    assert watch.changed() is None
+    network.slope = 2.0
+    assert watch.changed().startswith("'slope' of ")
+
+
 def test_the_same_numbers_in_new_objects_are_no_change():
     watch = Watch(nested)
     set_global("value", float("1.0") + 0.0)()
