@@ -71,17 +71,7 @@ def run(options: Any, file: str, select: str, *, plain: bool) -> Rows:
         env |= {"PYRO_TESTS_LOG": str(log), "PYRO_TESTS_PLAIN": "1" if plain else ""}
         env["PYRO_TESTS_EVERY"] = str(options.every)
         env.setdefault("OMP_NUM_THREADS", "1")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "pyro_tests_plugin",
-            "--assert=plain",
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pyro_tests_plugin"]
         command += ["--assert=plain"]  # pytest rewrites the assertions of models as well
         command += [f"tests/infer/{file}", *(["-k", select] if select else [])]
         try:

@@ -6,10 +6,11 @@ together with its backward pass (`recording.py`) and replayed from then on. A re
 generates, or one operation after the other. The latter gives exactly the floats that Pyro gives with the same random
 numbers.
 
-A recording holds as long as what it was made from stays the same (`plans.py`, `watch.py`): shapes, dtypes and devices
-of the arguments, training or evaluation mode, which parameters exist, and every number in a closure, a global or an
-attribute. If one of these changes, the next call makes a new recording. Arguments that are tensors or floats are inputs
-of the graph, as are tensors in closures, so these may change freely: annealing one of them needs no new recording.
+It is believed that a replay does what a run would do, for three reasons: the recorded run changed nothing of its own
+(`attempt.py`); what it can have read is what it was (`plans.py`, `watch.py`); and plain Pyro agrees with replays now
+and then (`audit.py`). If something has changed, the next call makes a new recording (`recordings.py`). Tensors are
+inputs of the graph, in arguments and in closures, so these may change freely. Floats among the arguments become inputs
+once they change.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class CompiledELBO(ELBO):
     records, the third compiles (seconds), and all calls after these replay. Draws, subsamples of plates and
     score-function terms are recorded as operations, so what is random stays random.
 
+    It is not silently wrong. A model that changes something itself in each run (a counter, an iterator, Python's random
+    numbers) is left to Pyro, with one warning. Whatever else changes between calls leads to a new recording, as far as
+    the model's code mentions it. What nobody can watch, such as a file, is found by audits: at the 2nd, 4th, 8th, …
+    replay, and later at one of 200 to 1000, plain Pyro computes loss and gradients on the same random numbers. If they
+    differ, a warning says so, and Pyro runs as it is from then on.
+
     A model that decides by values what to do next (`if`, `.item()`, numpy) has no graph. Pyro then runs as it is, and
     one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.) Pyro
     also runs as it is for arguments that require a gradient, and where effect handlers surround the call.
@@ -55,9 +62,13 @@ class CompiledELBO(ELBO):
         elbo: the objective; default `Trace_ELBO()`.
         backend: "inductor" generates fused code; where it cannot, it says once what is missing and goes on like
             "eager". "eager" replays operation by operation: nothing has to be generated first, and the floats are those
-            of Pyro under the same seed.
-        cache_size: how many recordings are kept, for example for other shapes (a ragged last batch) or modes. Beyond
-            that, the one that has not been used for longest is dropped.
+            of Pyro under the same seed (in `TraceEnum_ELBO` up to the order of sums).
+        cache_size: how many recordings of a pair are kept, for example for other shapes (a ragged last batch) or modes.
+            Beyond that, one that has not been used for long is dropped. The first call of each shape is left to Pyro.
+
+    Attributes:
+        plans: the recordings in use.
+        reasons: why Pyro runs as it is, where it does.
 
     Example:
         >>> import pyro.distributions as dist
