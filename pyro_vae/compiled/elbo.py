@@ -37,7 +37,7 @@ from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.threads import one_thread
 
-__all__ = ["CompiledELBO"]
+__all__ = ["CompiledELBO", "accumulate"]
 
 
 class CompiledELBO(ELBO):
@@ -106,6 +106,15 @@ class CompiledELBO(ELBO):
             raise AttributeError(name)
         return getattr(self.elbo, name)  # num_particles and the like
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets `num_particles` and the like where they are read."""
+        own = name in ("elbo", "backend", "cache_size") or name.startswith("_")
+        object.__setattr__(self if own else self.elbo, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without recordings: a copy makes its own."""
+        return vars(self) | {"_pairs": OrderedDict()}
+
     @property
     def plans(self) -> list[Plan]:
         """The recordings in use, of all pairs."""
@@ -134,7 +143,7 @@ class CompiledELBO(ELBO):
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
         for leaf, gradient in found.gradients:
-            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            accumulate(leaf, gradient)
         value = found.loss.item()
         warn_if_nan(value, "loss")
         return value
@@ -164,8 +173,10 @@ class CompiledELBO(ELBO):
             warn(f"CompiledELBO: {error}.")
             return None
         if found is not None:
+            store = pyro.get_param_store()
             for name in found.stored:
-                pyro.param(name)
+                if name in store:  # not the parameters of modules that keep theirs to themselves
+                    pyro.param(name)
         return found
 
     # -- for who takes the steps, as `fit` does -----------------------------------------------------------------------
@@ -240,6 +251,13 @@ def _identity(function: Callable) -> tuple[int, ...]:
     if isinstance(function, MethodType):
         return id(function.__self__), id(function.__func__)
     return (id(function),)
+
+
+def accumulate(leaf: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient to that of a leaf, as a backward pass would, and calls the hooks that wait for it."""
+    leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+    for hook in (leaf._post_accumulate_grad_hooks or {}).values():
+        hook(leaf)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -8,9 +8,12 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
+from pyro.infer import ELBO
 from torch import Tensor
 
-__all__ = ["caller", "only_raises"]
+from pyro_vae.compiled.libraries import is_library
+
+__all__ = ["caller", "from_objective", "only_raises"]
 
 VALIDATES = "torch.distributions.distribution"  # `bool` of a test of parameters or values, only to raise
 
@@ -18,6 +21,15 @@ VALIDATES = "torch.distributions.distribution"  # `bool` of a test of parameters
 def caller() -> str:
     """Name of the module whose code called the torch function that is being handled."""
     return inspect.currentframe().f_back.f_back.f_globals.get("__name__", "")
+
+
+def from_objective() -> bool:
+    """Whether an objective asks for gradients, and not the model or guide."""
+    frame = inspect.currentframe().f_back.f_back
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+        frame = frame.f_back
+    module = "" if frame is None else frame.f_globals.get("__name__", "")
+    return is_library(module) or isinstance(frame.f_locals.get("self"), ELBO)
 
 
 def only_raises(func: Any) -> bool:

@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.constants import Constants
-from pyro_vae.compiled.frames import caller, only_raises
+from pyro_vae.compiled.frames import caller, from_objective, only_raises
 from pyro_vae.compiled.untraceable import Untraceable
 from pyro_vae.pairs.parameters import graph_leaves
 
-__all__ = ["Handler"]
+__all__ = ["Gradients", "Handler"]
 
 # Pyro's own code reads some values that it does not act upon. Pyro cannot ask `is_recording()`, as our code does, so
 # these reads are known by the module they stand in.
@@ -31,27 +31,59 @@ SELECTS = (Tensor.__getitem__, Tensor.__setitem__)
 COUNTS = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.unique, Tensor.unique)
 
 
-class Handler(TorchFunctionMode):
-    """Collects gradients instead of adding them to `.grad`, answers Pyro's harmless reads, refuses all other reads.
+class Gradients(TorchFunctionMode):
+    """Collects gradients instead of adding them to `.grad`.
 
     Attributes:
         gradients: {leaf: gradient}, summed over all calls of `Tensor.backward`.
         weight: what each `Tensor.backward` multiplies its tensor by.
-        reads: (function, tensor, value): values of tensors from outside that the run has read, and kept.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.gradients: dict[Tensor, Tensor] = {}
         self.weight: Tensor | None = None
-        self.reads: list[tuple[Callable, Tensor, Any]] = []
         self._made: dict[int, Tensor] = {}  # leaves that the function makes for itself: their gradients are not wanted
-        self._constants = Constants()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
             kwargs = {name: value for name, value in (kwargs or {}).items() if name != "inputs"}
             return self._backward(*args, **kwargs)
+        if func is Tensor.requires_grad_:
+            self._made[id(args[0])] = args[0]
+        return func(*args, **(kwargs or {}))
+
+    def _backward(
+        self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
+    ) -> None:
+        leaves = [leaf for leaf in graph_leaves(loss) if id(leaf) not in self._made]
+        if not leaves:
+            return
+        if self.weight is not None and gradient is None:
+            gradient = self.weight.to(loss)
+        found = torch.autograd.grad(loss, leaves, gradient, retain_graph, create_graph, allow_unused=True)
+        for leaf, grad in zip(leaves, found, strict=True):
+            if grad is not None:
+                self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad
+
+
+class Handler(Gradients):
+    """Collects gradients, answers Pyro's harmless reads, and refuses all other reads.
+
+    Attributes:
+        reads: (function, tensor, value): values of tensors from outside that the run has read, and kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[tuple[Callable, Tensor, Any]] = []
+        self._constants = Constants()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            if not from_objective():
+                raise Untraceable("it takes gradients of its own")
+            return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.item and caller().startswith(REPORTS_LOSSES):
             return args[0].detach().double()  # Pyro adds these up as Python's floats
         if func is Tensor.__bool__ and caller() in WARNS_OF_NAN:
@@ -87,16 +119,3 @@ class Handler(TorchFunctionMode):
         ]
         if masks or func in COUNTS:
             raise Untraceable("how many elements are selected may be another number in each call")
-
-    def _backward(
-        self, loss: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False
-    ) -> None:
-        leaves = [leaf for leaf in graph_leaves(loss) if id(leaf) not in self._made]
-        if not leaves:
-            return
-        if self.weight is not None and gradient is None:
-            gradient = self.weight.to(loss)
-        found = torch.autograd.grad(loss, leaves, gradient, retain_graph, create_graph, allow_unused=True)
-        for leaf, grad in zip(leaves, found, strict=True):
-            if grad is not None:
-                self.gradients[leaf] = self.gradients[leaf] + grad if leaf in self.gradients else grad

@@ -14,7 +14,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["is_library", "warn"]
+__all__ = ["FRAMEWORK", "LIBRARY", "USER", "holder", "is_library", "warn"]
 
 OWN = frozenset({"torch", "numpy", "pyro", __name__.partition(".")[0]})  # wherever they are installed
 INSTALLED = frozenset(
@@ -24,10 +24,19 @@ INSTALLED = frozenset(
     }
 )
 
+USER, LIBRARY, FRAMEWORK = 0, 1, 2  # whose an object is: those of frameworks make things anew in each run, as scratch
+
+
+def holder(module: str | None) -> int:
+    """Whose objects the classes of this module make, and whose functions stand in it."""
+    if not is_library(module):
+        return USER
+    return FRAMEWORK if str(module).partition(".")[0] in ("torch", "pyro", "pyro_vae", "zuko") else LIBRARY
+
 
 def is_library(module: str | None) -> bool:
     """Whether the module of this name is one of a library that changes nothing by itself."""
-    return _is_library_package((module or "").partition(".")[0])
+    return _is_library_package(str(module).partition(".")[0])  # what is no string is none of a library's
 
 
 @lru_cache(maxsize=1000)

@@ -60,8 +60,15 @@ class Graph:
 
     def __call__(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Returns the function's results, and the gradients of `leaves`."""
+        return self._replay(self._run, inputs)
+
+    def by_operation(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """As a call, but one operation after the other, also where there is generated code."""
+        return self._replay(self.module.forward, inputs)
+
+    def _replay(self, run: Callable, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():
-            outputs = self._run(*self.tensors, *inputs)
+            outputs = run(*self.tensors, *inputs)
         return list(outputs[: self.num_results]), list(outputs[self.num_results :])
 
     def reads_the_same(self) -> bool:

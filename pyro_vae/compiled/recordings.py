@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from math import inf
 from typing import Any, NamedTuple
 
@@ -21,13 +22,14 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from pyro_vae.compiled.attempt import attempt
+from pyro_vae.compiled.attempt import attempt, trial
 from pyro_vae.compiled.audit import Audit
+from pyro_vae.compiled.handler import Gradients
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
-from pyro_vae.pairs.modes import fork_random_state
 
 __all__ = ["LossAndGradients", "Recordings"]
 
@@ -114,9 +116,9 @@ class Recordings:
             return None
         stored: dict[str, Tensor] = {}
         run = self._run_of(call, stored)
-        found, watch, refusal, changed = attempt(
+        found, watch, refusal, changed, states = attempt(
             lambda: record_gradients(run, *inputs[:-1], weight=inputs[-1]),
-            *(self.model, self.guide, self.elbo, *call.static),
+            *(self.model, self.guide, self.elbo, *call.static, *call.inputs),
         )
         if found is None:
             if watch.moving is not None:
@@ -126,12 +128,15 @@ class Recordings:
                 self._warn(refusal)
             return None
         (loss, norm), gradients, graph = found
-        if any(leaf._post_accumulate_grad_hooks for leaf in graph.leaves):
-            self._end("a hook waits for a gradient to be accumulated, which a replay does not do", warn=True)
-        if changed is None and self.refused is None:
+        failure = trial(graph, inputs, states)
+        if any(leaf._backward_hooks for leaf in graph.leaves):
+            failure = "a parameter has a hook, which no replay calls"
+        if failure is not None:
+            self._end(failure, warn=True)
+        elif changed is None:
             audit = Audit(graph, partial(self._by_pyro, call.method, graph.leaves), self._end)
             self._keep(call, Plan(graph, watch, stored, call.static, self._made == 0, audit))
-        elif changed is not None and self._changed:  # once may be a set-up
+        elif self._changed:  # once may be a set-up
             self._end(f"{changed} is changed by the model or guide in each run", warn=True)
         self._changed = changed is not None
         return LossAndGradients(loss, norm, list(zip(graph.leaves, gradients, strict=True)), list(stored))
@@ -186,32 +191,29 @@ class Recordings:
         """All recordings, the most recently used last."""
         return [plan for plans in self._plans.values() for plan in plans]
 
-    def _by_pyro(self, method: str, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Loss and norm of its gradients, by Pyro as it is. `.grad` and random states are left as they were."""
-        before = [leaf.grad for leaf in leaves]
-        for leaf in leaves:
-            leaf.grad = None
-        try:
-            with fork_random_state(), pyro.validation_enabled(False):
-                loss = getattr(self.elbo, method)(self.model, self.guide, *args, **kwargs)
-                if isinstance(loss, Tensor) and loss.requires_grad:
-                    loss.backward()
-            gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        finally:
-            for leaf, gradient in zip(leaves, before, strict=True):
-                leaf.grad = gradient
-        return torch.as_tensor(loss).detach(), torch.nn.utils.get_total_norm(gradients)
+    def _by_pyro(
+        self, method: str, leaves: list[Tensor], args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of the leaves, by Pyro as it is. `.grad` stays as it is."""
+        with pyro.validation_enabled(False), Gradients() as found:
+            loss = getattr(self.elbo, method)(self.model, self.guide, *args, **kwargs)
+            if isinstance(loss, Tensor) and loss.requires_grad:
+                loss.backward()
+        return torch.as_tensor(loss).detach(), [found.gradients.get(leaf) for leaf in leaves]
 
     def _run_of(self, call: Call, stored: dict[str, Tensor]) -> Callable[..., list[Tensor]]:
         """The function of a call's inputs that is recorded. Its run puts parameters of Pyro's store into `stored`."""
 
         def run(*inputs: Tensor) -> list[Tensor]:
             args, kwargs = call.with_inputs(inputs)
+            before = pytree.tree_leaves((args, kwargs))
             with poutine.trace(param_only=True) as seen:
                 loss = getattr(self.elbo, call.method)(self.model, self.guide, *args, **kwargs)
                 if isinstance(loss, Tensor) and loss.requires_grad:
                     loss.backward()
                     loss = loss.detach()
+            if any(a is not b for a, b in zip_longest(pytree.tree_leaves((args, kwargs)), before)):
+                raise Untraceable("it changes what is in a container among its arguments")
             stored.update({n: s["value"].unconstrained() for n, s in seen.trace.nodes.items() if s["type"] == "param"})
             if isinstance(loss, (int, float)):  # of a model without sites
                 loss = torch.tensor(loss, dtype=torch.float64)

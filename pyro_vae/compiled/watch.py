@@ -22,24 +22,21 @@ class Watch:
         *roots: the functions, modules and other objects to start from.
 
     Attributes:
+        tensors: that it can read, and a run may change in place.
         moving: what gives something else whenever it is read, such as an iterator, by name. None if nothing does.
 
     Example:
-        >>> from torch import nn
-        >>> class Scaled(nn.Module):
-        ...     def forward(self, x):
-        ...         return self.beta * x
-        >>> scaled = Scaled()
-        >>> scaled.beta = 0.5
+        >>> from types import SimpleNamespace
+        >>> scaled = SimpleNamespace(beta=0.5)
         >>> watch = Watch(scaled)
         >>> scaled.beta = 0.6
         >>> watch.changed()
-        "'beta' of Scaled"
+        "'beta' of SimpleNamespace"
     """
 
     def __init__(self, *roots: Any) -> None:
         found = Reach(*roots)
-        self.moving = found.moving
+        self.moving, self.tensors = found.moving, found.tensors
         self._entries = Entries(found.entries)
         self._contents = Contents(found.containers, found.sized)
         self._parts = (self._entries, self._contents, Attributes(found.attributes), Arrays(found.arrays))

@@ -7,8 +7,9 @@ only where something is not, one by one.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from math import copysign
 from operator import getitem, is_
 from types import MethodType
 from typing import Any
@@ -19,7 +20,7 @@ from pyro_vae.compiled.reach import MISSING, NUMBERS, read_attribute
 
 __all__ = ["Arrays", "Attributes", "Contents", "Entries"]
 
-LARGEST_ARRAY = 2**14  # bytes of a NumPy array that is compared with a copy
+LARGEST_ARRAY = 2**20  # bytes of a NumPy array that is compared with a copy
 
 
 class Entries:
@@ -91,7 +92,7 @@ class Contents:
     def changes(self) -> Iterator[str]:
         for container, owner, _, copy in self.containers:
             for key in _differences(container, copy):
-                yield f"{key!r} of {owner}" if isinstance(container, dict) else f"an element of {owner}"
+                yield f"{key!r} of {owner}" if isinstance(container, Mapping) else f"an element of {owner}"
         sizes = self.sizes[len(self.containers) :]
         for space, before, owner in zip(self.sized, sizes, self.owners, strict=True):
             if len(space) != before:
@@ -104,7 +105,7 @@ class Contents:
             differ = _differences(container, copy) if library else []
             if not differ:
                 kept.append((container, owner, library, copy))
-            elif isinstance(container, dict):
+            elif isinstance(container, Mapping):
                 named = {key: value for key, value in copy.items() if key not in differ or isinstance(value, NUMBERS)}
                 left += [(container, key, owner, value) for key, value in named.items()]
         if len(kept) < len(self.containers):
@@ -175,24 +176,27 @@ def _same(now: Any, before: Any) -> bool:
     if type(now) is not type(before):
         return False
     if isinstance(now, NUMBERS):
+        if isinstance(now, float) and now == 0:
+            return before == 0 and copysign(1, now) == copysign(1, before)
         return bool(now == before or (now != now and before != before))  # NaN is as it was
     return isinstance(now, MethodType) and now == before
 
 
 def _copy(container: Any) -> Any:
     """Its elements: a dict, else a list."""
-    return dict(container) if isinstance(container, dict) else list(container)
+    return dict(container) if isinstance(container, Mapping) else list(container)
 
 
 def _views(container: Any) -> tuple:
-    return (container.keys(), container.values()) if isinstance(container, dict) else (container,)
+    return (container.keys(), container.values()) if isinstance(container, Mapping) else (container,)
 
 
 def _differences(container: Any, copy: Any) -> list:
     """Keys, or places, of elements that are not what they were."""
-    if isinstance(container, dict):
+    if isinstance(container, Mapping):
         gone = [key for key, value in copy.items() if not _same(container.get(key, MISSING), value)]
-        return gone + [key for key in container if key not in copy]
+        moved = [key for key, before in zip(container, copy, strict=False) if key is not before and key != before]
+        return gone or [key for key in container if key not in copy] or moved[:1]  # or they have another order
     if len(container) != len(copy):
         return [None]
     return [i for i, (now, before) in enumerate(zip(container, copy, strict=True)) if not _same(now, before)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae.compiled.attempt import attempt
+from pyro_vae.compiled.attempt import attempt, trial
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.policy import EVIDENCE, backend_for
 from pyro_vae.compiled.recording import Graph, record
@@ -108,7 +108,7 @@ class CompiledLogWeight:
                 return [self._plain(num_particles, rows)]
 
         arguments = (*args, *kwargs.values())
-        found, watch, refusal, changed = attempt(
+        found, watch, refusal, changed, states = attempt(
             lambda: record(log_weight, *(a for a in arguments if isinstance(a, Tensor))),
             *(self.sampler.model, self.sampler.guide, *arguments),
         )
@@ -117,7 +117,10 @@ class CompiledLogWeight:
             return self._plain(num_particles, rows)
         (value,), _, graph = found
         self._attempts += 1
-        if changed is None:
+        failure = trial(graph, [a for a in arguments if isinstance(a, Tensor)], states)
+        if failure is not None:
+            self._refuse(failure)
+        elif changed is None:
             if self.generate_code:
                 rewrite(graph.module)
             self._passes[rows.stop - rows.start] = _Pass(num_particles, graph, watch)

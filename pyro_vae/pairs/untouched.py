@@ -16,7 +16,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from pyro_vae.pairs.modes import all_owners
 
-__all__ = ["Untouched"]
+__all__ = ["Untouched", "restore_tensor"]
 
 CONTAINERS = (dict, list, set, deque)
 SET_UP_IN = ("_parameters", "_buffers", "_modules")  # of a module: where a guide puts what it makes on its first run
@@ -74,8 +74,7 @@ class Untouched:
         for container, content in self._containers.values():
             _restore(container, content)
         for tensor, value in self._tensors:
-            if not torch.equal(tensor, value):
-                tensor.data.copy_(value)
+            restore_tensor(tensor, value)
 
     def _forget_new_names(self) -> None:
         store = pyro.get_param_store()
@@ -108,7 +107,8 @@ class Untouched:
     def _was_set_up(self, thing: Any, attributes: dict[str, Any]) -> bool:
         if not isinstance(thing, nn.Module):
             return False
-        grown = any(vars(thing)[name].keys() != self._containers[id(attributes[name])][1].keys() for name in SET_UP_IN)
+        known = {name: self._containers.get(id(attributes.get(name))) for name in SET_UP_IN}  # none of a ScriptModule
+        grown = any(vars(thing)[name].keys() != entry[1].keys() for name, entry in known.items() if entry is not None)
         # autoguides and easyguides of Pyro look at the model on their first run, and size themselves by it
         prototypes = (values.get("prototype_trace", self) for values in (attributes, vars(thing)))
         return grown or next(prototypes) is not next(prototypes)
@@ -124,6 +124,14 @@ class _Made(Messenger):
     def _pyro_post_param(self, msg: dict) -> None:
         value = msg["args"][1] if len(msg["args"]) > 1 else None
         self.any |= msg["name"] not in self.known and not isinstance(value, nn.Parameter)
+
+
+def restore_tensor(tensor: Tensor, value: Tensor) -> bool:
+    """Puts back a value that has changed; returns whether it had. Of sparse tensors this is not known."""
+    if tensor.layout is not torch.strided or (tensor.shape == value.shape and torch.equal(tensor, value)):
+        return False
+    tensor.data = value.clone() if tensor.shape != value.shape else tensor.data.copy_(value)
+    return True
 
 
 def _restore(container: Any, content: Any) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.audit import Diverged
-from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.compiled.elbo import CompiledELBO, accumulate
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
@@ -179,7 +179,7 @@ class Steps:
                 self._whole.settle()
                 self._whole = None
             # a parameter that was frozen when the fit began counts neither for the optimizer nor for the norm
-            own = all(id(leaf) in self._own for leaf in plan.graph.leaves)
+            own = all(id(t) in self._own and not t._post_accumulate_grad_hooks for t in plan.graph.leaves)
             if not own or not WholeStep.fits(self.optimizer, plan.graph):
                 return None
             self._whole = WholeStep(plan.graph, self.optimizer, self.clip_norm)
@@ -220,7 +220,7 @@ class Steps:
             if found is not None:
                 own = [(leaf, gradient) for leaf, gradient in found.gradients if id(leaf) in self._own]
                 for leaf, gradient in own:
-                    leaf.grad = gradient
+                    accumulate(leaf, gradient)
                 if len(own) == len(found.gradients):
                     return found.loss / size, found.norm
                 return found.loss / size, torch.nn.utils.get_total_norm([gradient for _, gradient in own])

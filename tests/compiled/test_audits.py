@@ -16,6 +16,7 @@ from torch import nn
 from pyro_vae import CompiledELBO, fit, importance_sampling
 from pyro_vae.compiled.audit import Audit
 from pyro_vae.compiled.recording import record
+from pyro_vae.compiled.recordings import LossAndGradients
 
 X = torch.randn(48, generator=torch.Generator().manual_seed(0))
 
@@ -96,25 +97,35 @@ def test_fit_goes_back_to_where_the_last_audit_agreed(tmp_path, compile):
         assert run(loss) == pytest.approx(expected, abs=0.01)
 
 
+def audited(drawn):
+    """An audit of a graph of x, or of x and a draw, with no gradients; and a replay that is 0.01 off."""
+    x, norm = torch.tensor(1.0), torch.zeros(())
+    function = (lambda: torch.randn(()) + x) if drawn else (lambda: x + 0)
+    _, _, graph = record(lambda weight: [function(), norm], x)
+    runs = []
+    audit = Audit(graph, lambda args, kwargs: runs.append(audit.replays) or (function(), []), lambda reason: None)
+    return audit, runs, lambda off=0.0: LossAndGradients(function() + off, norm, [], []), x
+
+
 def test_a_sum_that_cancels_or_a_draw_at_its_threshold_is_no_difference():
-    """Fused code rounds in another way; the recording itself agrees with Pyro."""
-    x, norm = torch.tensor(1.0), torch.ones(())
-    _, _, graph = record(lambda x: [torch.randn(()) + x, x], x)
-    audit = Audit(graph, lambda args, kwargs: (torch.randn(()) + x, norm), lambda reason: None)
+    """Fused code rounds in another way; it is the recording that has to agree with Pyro, operation by operation."""
+    audit, _, run, x = audited(drawn=True)
+    for off in (0.0, 0.01, 0.01, 0.0, 0.01, 0.01):
+        audit.replays = audit.agreed + 1_000_000
+        audit.replay(lambda off=off: run(off), (), {}, [x], fused=True)
+    audit.replays = audit.agreed + 1_000_000
+    with pytest.raises(RuntimeError, match=r"an audit found .* gives the loss of generated code"):
+        audit.replay(lambda: run(0.01), (), {}, [x], fused=True)  # three in a row
+    audit, _, run, x = audited(drawn=True)
     audit.replays = 1_000_000
-    assert audit.replay(lambda: (x + 0.01, norm), (), {}, [x], fused=True) == (x + 0.01, norm)
-    audit.replays = 2_000_000
-    with pytest.raises(RuntimeError, match="an audit found"):
-        audit.replay(lambda: (x + 0.01, norm), (), {}, [x], fused=False)
+    with pytest.raises(RuntimeError, match="an audit found that replay 1000001 of a recording gives loss"):
+        audit.replay(lambda: run(0.01), (), {}, [x], fused=False)
 
 
 def test_audits_become_rare():
-    one = torch.ones(())
-    _, _, graph = record(lambda x: [x + 1], torch.zeros(()))
-    runs = []
-    audit = Audit(graph, lambda args, kwargs: runs.append(audit.replays) or (one, one), lambda reason: None)
+    audit, runs, run, x = audited(drawn=False)
     for _ in range(10_000):
-        audit.replay(lambda: (one, one), (), {}, [one], fused=False)
+        audit.replay(run, (), {}, [x], fused=False)
     assert runs[:8] == [2, 4, 8, 16, 32, 64, 128, 256]
     gaps = [b - a for a, b in itertools.pairwise(runs[7:])]
     assert min(gaps) >= 200
@@ -146,7 +157,7 @@ def test_audits_see_gradients_too(tmp_path):
             pyro.sample("z", dist.Normal(Reversed.apply(a) * x, 1.0))
 
     compiled = CompiledELBO(backend="eager")
-    with pytest.warns(UserWarning, match="an audit found that replay 8 of a recording gives loss"):
+    with pytest.warns(UserWarning, match="an audit found that replay 8 of a recording gives a gradient of norm"):
         losses(compiled, (model, guide), 20, lambda step: Reversed.file.write_text("1.0" if step < 8 else "2.0"))
 
 
