@@ -8,6 +8,7 @@ What a library's object holds is followed whatever its name, as the library's co
 from __future__ import annotations
 
 import argparse
+import dis
 import os
 import random
 import sys
@@ -139,9 +140,9 @@ class Reach:
         for name in mentioned:
             if name in names:
                 self._entry(names, name, f"{owner}'s module")
-            else:  # it may be imported inside of the function
-                for module in (name, f"{names.get('__package__')}.{name}"):
-                    self._follow(sys.modules.get(module), name)
+        for name in _imported(function.__code__):
+            for module in (name, f"{names.get('__package__')}.{name}"):
+                self._follow(sys.modules.get(module), name)
 
     def _module(self, module: ModuleType) -> None:
         """Takes what code may read from a module by name. Of a library's module this is data, not code."""
@@ -234,6 +235,14 @@ def _mentioned(code: CodeType) -> Iterator[str]:
             yield from (part for part in constant if isinstance(part, str))
         elif isinstance(constant, CodeType):
             yield from _mentioned(constant)
+
+
+def _imported(code: CodeType) -> Iterator[str]:
+    """Modules that the code of a function imports when it runs."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname == "IMPORT_NAME")
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _imported(constant)
 
 
 def _slots(cls: type) -> list[str]:
