@@ -8,13 +8,11 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
-from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vae.compiled.libraries import is_library
+__all__ = ["caller", "in_pair", "only_raises"]
 
-__all__ = ["caller", "from_objective", "only_raises"]
-
+TRACES = "pyro.poutine.trace_messenger"  # calls models and guides
 VALIDATES = "torch.distributions.distribution"  # `bool` of a test of parameters or values, only to raise
 
 
@@ -23,13 +21,14 @@ def caller() -> str:
     return inspect.currentframe().f_back.f_back.f_globals.get("__name__", "")
 
 
-def from_objective() -> bool:
-    """Whether an objective asks for gradients, and not the model or guide."""
-    frame = inspect.currentframe().f_back.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("torch."):
+def in_pair() -> bool:
+    """Whether a model or guide is running, rather than an objective that runs them."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == TRACES:
+            return True
         frame = frame.f_back
-    module = "" if frame is None else frame.f_globals.get("__name__", "")
-    return is_library(module) or isinstance(frame.f_locals.get("self"), ELBO)
+    return False
 
 
 def only_raises(func: Any) -> bool:

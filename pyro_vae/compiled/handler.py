@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.constants import Constants
-from pyro_vae.compiled.frames import caller, from_objective, only_raises
+from pyro_vae.compiled.frames import caller, in_pair, only_raises
 from pyro_vae.compiled.untraceable import Untraceable
 from pyro_vae.pairs.parameters import graph_leaves
 
@@ -81,7 +81,7 @@ class Handler(Gradients):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
-            if not from_objective():
+            if in_pair():
                 raise Untraceable("it takes gradients of its own")
             return super().__torch_function__(func, types, args, kwargs)
         if func is Tensor.item and caller().startswith(REPORTS_LOSSES):

@@ -20,7 +20,7 @@ OWN = frozenset({"torch", "numpy", "pyro", __name__.partition(".")[0]})  # where
 INSTALLED = frozenset(
     {
         *("arviz", "funsor", "functorch", "h5py", "jax", "jaxlib", "matplotlib", "networkx", "numpyro", "opt_einsum"),
-        *("fsspec", "jinja2", "mpmath", "packaging", "pytest", "_pytest", "sympy", "typing_extensions"),
+        *("fsspec", "jinja2", "mpmath", "packaging", "pytest", "sympy", "typing_extensions"),
         *("pandas", "PIL", "scipy", "sklearn", "torchvision", "tqdm", "xarray", "zuko"),
     }
 )
