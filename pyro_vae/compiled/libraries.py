@@ -44,7 +44,7 @@ def is_library(module: str | None) -> bool:
 def _is_library_package(package: str) -> bool:
     if package in OWN or package == "builtins":
         return True
-    if package not in INSTALLED and package not in sys.stdlib_module_names:
+    if package.lstrip("_") not in INSTALLED and package not in sys.stdlib_module_names:
         return False
     file = getattr(sys.modules.get(package), "__file__", None)
     return file is None or any(folder in Path(file).resolve().parents for folder in _folders())

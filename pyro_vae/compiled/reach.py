@@ -149,6 +149,8 @@ class Reach:
         inside, library = vars(module), is_library(module.__name__)
         for name in self.names & inside.keys():
             value = inside[name]
+            if value is sys.modules:
+                continue
             if not library or isinstance(value, (*NUMBERS, list, dict, np.ndarray, type(os.environ))):
                 self._entry(inside, name, f"module {module.__name__!r}")
         if module is os and "getenv" in self.names:
