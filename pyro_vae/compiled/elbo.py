@@ -33,7 +33,7 @@ from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan
 from pyro_vae.compiled.recordings import LossAndGradients, Recordings
-from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
+from pyro_vae.objectives.protocol import annealed
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.threads import one_thread
 
@@ -201,8 +201,6 @@ class CompiledELBO(ELBO):
         """
         if not torch.is_grad_enabled() or any(not isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             return None  # the next call may have other handlers around it
-        if method is None:
-            method = "differentiable_loss" if has_differentiable_loss(self.elbo) else "loss_and_grads"
         return self._pair(model, guide).find(method, args, kwargs or {})
 
     def run(

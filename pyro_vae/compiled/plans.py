@@ -8,6 +8,7 @@ parameters, their properties, and what `watch.py` watches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ def call_of(method: str, args: tuple, kwargs: dict[str, Any], moving_floats: boo
         moving_floats: whether floats change from call to call and so are inputs, with the precision of the tensors.
             Otherwise a recording keeps them, as exact and as ready to take any dtype as they are.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = _flatten(args, kwargs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     inputs, is_input = tensors, [isinstance(leaf, Tensor) for leaf in leaves]
     if moving_floats:
@@ -145,6 +146,18 @@ def call_of(method: str, args: tuple, kwargs: dict[str, Any], moving_floats: boo
     settings = tuple(map(pyro.settings.get, SETTINGS))
     key = (method, spec, shapes, constants, modes, settings)
     return Call(method, args, kwargs, key, spec, leaves, is_input, inputs, static)
+
+
+def _flatten(args: tuple, kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
+    """The arguments without their nesting, and the nesting, which is known where there is none."""
+    if not kwargs and all(type(a) is Tensor for a in args):
+        return list(args), _flat(len(args))
+    return pytree.tree_flatten((args, kwargs))
+
+
+@lru_cache(maxsize=64)
+def _flat(size: int) -> pytree.TreeSpec:
+    return pytree.tree_flatten(((0,) * size, {}))[1]
 
 
 def _hooks(tensor: Tensor) -> tuple | None:

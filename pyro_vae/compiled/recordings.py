@@ -30,6 +30,7 @@ from pyro_vae.compiled.handler import Gradients
 from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
+from pyro_vae.objectives.protocol import has_differentiable_loss
 
 __all__ = ["LossAndGradients", "Recordings"]
 
@@ -70,6 +71,7 @@ class Recordings:
 
     def __init__(self, model: Callable, guide: Callable, elbo: ELBO, most: int) -> None:
         self.model, self.guide, self.elbo, self.most = model, guide, elbo, most
+        self._default = "differentiable_loss" if has_differentiable_loss(elbo) else "loss_and_grads"
         self.refused: str | None = None
         self.reasons: list[str] = []
         self._plans: OrderedDict[tuple, list[Plan]] = OrderedDict()  # by signature, the most recently used last
@@ -79,9 +81,9 @@ class Recordings:
         self._made = self._replayed = 0
         self._latest: Plan | None = None  # that answered the last call
 
-    def find(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    def find(self, method: str | None, args: tuple, kwargs: dict[str, Any]) -> Call | None:
         """The call, with its recording if there is one. None if Pyro must run as it is."""
-        call = call_of(method, args, kwargs, self._moving_floats)
+        call = call_of(method or self._default, args, kwargs, self._moving_floats)
         if call is None or self.refused is not None:
             return None
         if not self._moving_floats:
@@ -93,10 +95,12 @@ class Recordings:
         plans = self._plans.get(call.key, [])
         plan = next((plan for plan in plans if plan.change() is None), None)
         if plan is not None:
-            self._plans.move_to_end(call.key)
-            self._unanswered[call.key] = 0
             self._replayed += 1
             plan.in_a_row, plan.last = self._latest is plan, self._replayed
+            if not plan.in_a_row:
+                self._plans.move_to_end(call.key)
+            if self._unanswered.get(call.key):
+                self._unanswered[call.key] = 0
         self._latest = plan
         return call._replace(plan=plan)
 
