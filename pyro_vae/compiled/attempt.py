@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae.compiled.recording import Graph, Untraceable
 from pyro_vae.compiled.watch import Watch
 from pyro_vae.pairs.modes import all_random_states, random_state, set_all_random_states, set_random_state
-from pyro_vae.pairs.untouched import Untouched, restore_tensor
+from pyro_vae.pairs.untouched import Untouched, copy_of, restore_tensor
 
 __all__ = ["Attempt", "attempt", "trial"]
 
@@ -58,7 +58,8 @@ def attempt(run: Callable[[], R], model: Callable, guide: Callable, *others: Any
     store = pyro.get_param_store()
     known, states = set(store.keys()), all_random_states()
     tensors = [*watch.tensors, *(p for _, p in store.named_parameters())]
-    values = [t.detach().clone() for t in tensors]
+    values = list(map(copy_of, tensors))
+    watch.tensors = []  # the batch of this call is nothing to keep
     found, refusal = None, None
     with Untouched(model, guide) as untouched:
         try:
@@ -84,7 +85,7 @@ def trial(graph: Graph, inputs: Sequence[Tensor], states: tuple) -> str | None:
         states: of the random generators before the run.
     """
     end, tensors = random_state(), [*graph.tensors, *inputs]
-    values = [t.detach().clone() for t in tensors]
+    values = list(map(copy_of, tensors))
     try:
         set_random_state(states[0])
         graph.by_operation(*inputs)

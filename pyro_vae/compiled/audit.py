@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_vae.compiled.recording import Graph
 from pyro_vae.pairs.modes import fork_random_state
-from pyro_vae.pairs.untouched import restore_tensor
+from pyro_vae.pairs.untouched import copy_of, restore_tensor
 
 __all__ = ["Audit", "Diverged"]
 
@@ -128,7 +128,7 @@ class Audit:
         """What a run returns; the tensors that it changes, such as the statistics of a BatchNorm, are put back."""
         tensors = [*self.graph.tensors, *inputs]
         looked_at = range(len(tensors)) if self._moved is None else self._moved
-        before = {i: tensors[i].detach().clone() for i in looked_at}
+        before = {i: copy_of(tensors[i]) for i in looked_at}
         found = run()
         moved = [i for i, value in before.items() if restore_tensor(tensors[i], value)]
         self._moved = moved if self._moved is None else self._moved

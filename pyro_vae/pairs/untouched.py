@@ -16,10 +16,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from pyro_vae.pairs.modes import all_owners
 
-__all__ = ["Untouched", "restore_tensor"]
+__all__ = ["Untouched", "copy_of", "restore_tensor"]
 
 CONTAINERS = (dict, list, set, deque)
 SET_UP_IN = ("_parameters", "_buffers", "_modules")  # of a module: where a guide puts what it makes on its first run
+LARGEST_DATA = 2**26  # bytes of a tensor that is no parameter and is copied, to put it back if a run changes it
 LARGEST_COPY = 2**16  # elements of a tensor attribute that is copied; buffers always are
 
 
@@ -126,9 +127,20 @@ class _Made(Messenger):
         self.any |= msg["name"] not in self.known and not isinstance(value, nn.Parameter)
 
 
-def restore_tensor(tensor: Tensor, value: Tensor) -> bool:
-    """Puts back a value that has changed; returns whether it had. Of sparse tensors this is not known."""
-    if tensor.layout is not torch.strided or (tensor.shape == value.shape and torch.equal(tensor, value)):
+def copy_of(tensor: Tensor) -> Tensor | None:
+    """A copy to restore a value from. None of what is too large to be copied and is data, or is sparse."""
+    if tensor.layout is not torch.strided or (tensor.nbytes > LARGEST_DATA and not tensor.requires_grad):
+        return None
+    return tensor.detach().clone()
+
+
+def restore_tensor(tensor: Tensor, value: Tensor | None) -> bool:
+    """Puts back a value of which `copy_of` made a copy, if it has changed; returns whether it had."""
+    if (
+        value is None
+        or tensor.layout is not torch.strided
+        or (tensor.shape == value.shape and torch.equal(tensor, value))
+    ):
         return False
     tensor.data = value.clone() if tensor.shape != value.shape else tensor.data.copy_(value)
     return True
