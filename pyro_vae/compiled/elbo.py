@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import count
 from types import MethodType
 from typing import Any
 
@@ -99,7 +98,7 @@ class CompiledELBO(ELBO):
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size
         self._pairs: OrderedDict[tuple, Recordings] = OrderedDict()  # the most recently used last
-        self._steps = count()
+        self._steps = 0
 
     def __getattr__(self, name: str) -> Any:
         if name == "elbo":  # before __init__, as in unpickling
@@ -138,7 +137,8 @@ class CompiledELBO(ELBO):
         """
         schedule = annealed(self.elbo)
         if schedule is not None:  # it moves between runs: a recording of the move would repeat it
-            schedule.set_step(next(self._steps))
+            schedule.set_step(self._steps)
+            self._steps += 1
         found = self._run("loss_and_grads", model, guide, args, kwargs)
         if found is None:
             return self.elbo.loss_and_grads(model, guide, *args, **kwargs)
