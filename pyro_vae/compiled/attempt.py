@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compiled.recording import Graph, Untraceable
+from pyro_vae.compiled.untraceable import summary
 from pyro_vae.compiled.watch import Watch
 from pyro_vae.pairs.modes import all_random_states, random_state, set_all_random_states, set_random_state
 from pyro_vae.pairs.untouched import Untouched, copy_of, restore_tensor
@@ -91,7 +92,7 @@ def trial(graph: Graph, inputs: Sequence[Tensor], states: tuple) -> str | None:
         graph.by_operation(*inputs)
         now = random_state()
     except Exception as error:
-        return f"a replay of it fails ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+        return f"a replay of it fails ({summary(error)})"
     finally:
         for tensor, value in zip(tensors, values, strict=True):
             restore_tensor(tensor, value)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compiled.recording import Graph
+from pyro_vae.compiled.untraceable import summary
 from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.untouched import copy_of, restore_tensor
 
@@ -98,7 +99,7 @@ class Audit:
         try:
             return run()
         except Exception as error:
-            reason = f"a replay failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]})"
+            reason = f"a replay failed ({summary(error)})"
             self.end(reason)
             raise Diverged(f"{reason}; from now on plain Pyro runs") from error
 

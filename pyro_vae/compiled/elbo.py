@@ -51,7 +51,8 @@ class CompiledELBO(ELBO):
     numbers) is left to Pyro, with one warning. Whatever else changes between calls leads to a new recording, as far as
     the model's code mentions it. What nobody can watch, such as a file, is found by audits: at the 2nd, 4th, 8th, …
     replay, and later at one of 200 to 1000, plain Pyro computes loss and gradients on the same random numbers. If they
-    differ, a warning says so, and Pyro runs as it is from then on.
+    differ, a warning says so, and Pyro runs as it is from then on. A replay validates no values, as Pyro does in each
+    run where validation is on: data outside of a support, or an assertion that fails, show in the next audit or never.
 
     A model that decides by values what to do next (`if`, `.item()`, numpy) has no graph. Pyro then runs as it is, and
     one warning names the place. (`torch.nn.functional.one_hot(y, C)` reads values; `torch.eye(C)[y]` does not.) Pyro

@@ -14,7 +14,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["FRAMEWORK", "LIBRARY", "USER", "holder", "is_library", "warn"]
+__all__ = ["FRAMEWORK", "USER", "holder", "is_library", "warn"]
 
 OWN = frozenset({"torch", "numpy", "pyro", __name__.partition(".")[0]})  # wherever they are installed
 INSTALLED = frozenset(

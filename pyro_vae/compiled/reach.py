@@ -40,8 +40,9 @@ NAMESPACES = (SimpleNamespace, argparse.Namespace)  # the user's, whoever wrote 
 CODE = (FunctionType, staticmethod, classmethod, property)
 PARTS = ("_parameters", "_buffers", "_modules")  # of a module
 NOT_READING = {"__init__", "__new__", "__post_init__", "__repr__", "__str__", "__init_subclass__", "__reduce__"}
-DYNAMIC = {"getattr", "vars", "__dict__", "attrgetter", "methodcaller", "eval", "exec", "globals", "format", "asdict"}
 NOT_READING |= {"__getstate__", "__setstate__", "__del__", "__set_name__"}  # methods that no running model calls
+# by which code reads names that it does not mention
+DYNAMIC = {"getattr", "vars", "__dict__", "attrgetter", "methodcaller", "eval", "exec", "globals", "format", "asdict"}
 
 
 class Reach:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 
-__all__ = ["Untraceable", "place"]
+__all__ = ["Untraceable", "place", "summary"]
 
 LIBRARIES = ("torch", __name__.partition(".")[0], "pyro")  # the user's code is what belongs to none of these
 
@@ -25,5 +25,9 @@ def place(error: BaseException) -> str:
     where = next(found for found in outside if found)[-1]
     if "value out of a tracing tensor" in str(error):
         return f"{where.filename}:{where.lineno}: {where.line} (a value is read here)"
-    reason = str(error).strip().partition("\n")[0]
-    return f"{where.filename}:{where.lineno}: {where.line} ({type(error).__name__}: {reason[:200]})"
+    return f"{where.filename}:{where.lineno}: {where.line} ({summary(error)})"
+
+
+def summary(error: BaseException) -> str:
+    """The type of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -142,7 +142,10 @@ def restore_tensor(tensor: Tensor, value: Tensor | None) -> bool:
         or (tensor.shape == value.shape and torch.equal(tensor, value))
     ):
         return False
-    tensor.data = value.clone() if tensor.shape != value.shape else tensor.data.copy_(value)
+    if tensor.shape == value.shape:
+        tensor.data.copy_(value)
+    else:
+        tensor.data = value
     return True
 
 
