@@ -29,10 +29,10 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 
 from pyro_vae.compiled.audit import Diverged
-from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan
 from pyro_vae.compiled.recordings import LossAndGradients, Recordings
 from pyro_vae.objectives.protocol import annealed
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.threads import one_thread
 

@@ -25,7 +25,7 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vae.compiled.libraries import FRAMEWORK, USER, holder, is_library
+from pyro_vae.pairs.libraries import FRAMEWORK, USER, holder, is_library
 
 __all__ = ["MISSING", "NUMBERS", "Reach", "read_attribute"]
 

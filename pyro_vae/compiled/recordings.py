@@ -27,10 +27,10 @@ from torch.utils import _pytree as pytree
 from pyro_vae.compiled.attempt import attempt, trial
 from pyro_vae.compiled.audit import Audit
 from pyro_vae.compiled.handler import Gradients
-from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call, Plan, call_of
 from pyro_vae.compiled.recording import Untraceable, record_gradients
 from pyro_vae.objectives.protocol import has_differentiable_loss
+from pyro_vae.pairs.libraries import warn
 
 __all__ = ["LossAndGradients", "Recordings"]
 

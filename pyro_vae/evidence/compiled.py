@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.compiled.attempt import attempt, trial
-from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.policy import EVIDENCE, backend_for
 from pyro_vae.compiled.recording import Graph, record
 from pyro_vae.compiled.rewriting import rewrite
 from pyro_vae.compiled.watch import Watch
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import fork_random_state, random_state, set_random_state
 from pyro_vae.pairs.untouched import Untouched
 from pyro_vae.particles.sampler import ParticleSampler

@@ -16,9 +16,9 @@ from torch import Tensor
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.elbo import CompiledELBO, accumulate
-from pyro_vae.compiled.libraries import warn
 from pyro_vae.compiled.plans import Call
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import random_state, set_random_state
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.training.agreed import Agreed

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae.compiled.libraries import is_library
+from pyro_vae.pairs.libraries import is_library
 from pyro_vae.compiled.watch import Watch
 
 
