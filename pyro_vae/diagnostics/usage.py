@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
@@ -58,6 +59,7 @@ class LatentUsage:
 
 
 @one_thread
+@seeded
 def latent_usage(
     model: Callable,
     guide: Callable,
@@ -66,6 +68,8 @@ def latent_usage(
     plate: str = "data",
     threshold: float = 0.01,
     num_particles: int = 100,
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     **kwargs: Any,
 ) -> LatentUsage:
     """Computes the KL and the activity of each dimension of a latent site.
@@ -79,6 +83,9 @@ def latent_usage(
         threshold: the variance of posterior means above which a dimension is active, for a prior with variance one.
         num_particles: number of draws that estimate E_q[z_d|x] if the guide's distribution does not know its mean
             (flows). Their noise adds Var_q(z_d)/num_particles to A_d, which is subtracted again.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         **kwargs: what both are called with.
 
     Returns:
@@ -103,7 +110,7 @@ def latent_usage(
           KL of the marginals, summed: 0.27 nats, 0.00 of them in inactive dimensions
           collapsed [1]
     """
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     means, kls = [], []
     noise: Tensor | float = 0.0
     with torch.no_grad(), evaluation_mode(model, guide):

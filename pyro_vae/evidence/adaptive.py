@@ -28,6 +28,7 @@ from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -41,6 +42,7 @@ LEAST_SHARE = 0.15  # each component gets at least this share of the draws
 
 
 @one_thread
+@seeded
 def adaptive_importance_sampling(
     model: Callable,
     guide: Callable,
@@ -52,6 +54,8 @@ def adaptive_importance_sampling(
     correction: str | None = None,
     exact_draw: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -86,6 +90,9 @@ def adaptive_importance_sampling(
         correction: how to correct the bias: None, "delta" or "jackknife", as in `importance_sampling`.
         exact_draw: {site: (N, *inner plates, *event)}, exact posterior draws, which make the estimate an upper bound.
         chunk_size: particles × rows in one pass.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -110,7 +117,7 @@ def adaptive_importance_sampling(
         True
     """
     num_particles = check_num_particles(num_particles)
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)

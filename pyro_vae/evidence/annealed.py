@@ -31,6 +31,7 @@ from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
 from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -41,6 +42,7 @@ LEAPFROG_TENSORS = 4.0  # a gradient needs about this many times the tensors of 
 
 
 @one_thread
+@seeded
 def annealed_importance_sampling(
     model: Callable,
     guide: Callable,
@@ -53,6 +55,8 @@ def annealed_importance_sampling(
     plate: str | None = "data",
     exact_draw: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -83,6 +87,9 @@ def annealed_importance_sampling(
         exact_draw: {site: (N, *inner plates, *event)}, exact draws from the posterior, which are known only for
             simulated data. All chains run backwards from them, and the estimate is an upper bound.
         chunk_size: chains × rows in one pass.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -116,7 +123,7 @@ def annealed_importance_sampling(
     for name, value, known in (("start", start, STARTS), ("schedule", schedule, ("linear", "sigmoid", "adaptive"))):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}.")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.annealed import annealed_importance_sampling
 from pyro_vae.evidence.evidence import Evidence
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.simulation import simulate
 
@@ -65,12 +66,15 @@ class Sandwich:
 
 
 @one_thread
+@seeded
 def sandwich(
     model: Callable,
     guide: Callable,
     *args: Any,
     estimator: Callable[..., Evidence] = annealed_importance_sampling,
     plate: str | None = "data",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     **options: Any,
 ) -> Sandwich:
     """Simulates data from the model and bounds their log p(x) from both sides; `print` shows the gap.
@@ -85,6 +89,9 @@ def sandwich(
         *args: what both are called with. They determine how many data points are simulated, and their context.
         estimator: `annealed_importance_sampling`, `adaptive_importance_sampling` or `importance_sampling`.
         plate: name of the plate of data points.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         **options: options of the estimator. Tensors among them are arguments of the model and guide.
 
     Returns:
@@ -106,9 +113,9 @@ def sandwich(
         >>> abs(sandwich(model, guide, torch.zeros(100), num_temperatures=50).mean[0]) < 0.05
         True
     """
-    inputs = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+    inputs: dict[str, Any] = {name: value for name, value in options.items() if isinstance(value, Tensor)}
     options = {name: value for name, value in options.items() if name not in inputs}
-    simulation = simulate(model, guide, *args, plate=plate, **inputs)
-    options = {"plate": plate, **simulation.kwargs, **options}
+    simulation = simulate(model, guide, *args, plate=plate, parallel=parallel, **inputs)
+    options = {"plate": plate, "parallel": parallel, **simulation.kwargs, **options}
     lower = estimator(model, guide, *simulation.args, **options)
     return Sandwich(lower, estimator(model, guide, *simulation.args, exact_draw=simulation.latents, **options))

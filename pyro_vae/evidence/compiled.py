@@ -34,7 +34,7 @@ def compiled_log_weight(sampler: ParticleSampler, compile: bool | str, passes: i
         passes: how many are to come.
     """
     backend = backend_for(compile, passes, EVIDENCE)
-    if backend is None or sampler.rows.fixed not in (None, sampler.num_points):
+    if backend is None or sampler.serial or sampler.rows.fixed not in (None, sampler.num_points):
         return None  # passes of some rows of a plate that holds its data, each of which would need a graph of its own
     return CompiledLogWeight(sampler, generate_code=backend == "inductor")
 

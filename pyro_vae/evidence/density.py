@@ -17,10 +17,10 @@ from math import inf
 import torch
 from torch import Tensor
 
-from pyro_vae.pairs.handlers import SetValues, StopAfter, unobserved
+from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.supports import support_of
-from pyro_vae.particles.latents import Constrain, Coordinates
+from pyro_vae.particles.latents import Coordinates
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["LatentDensity"]
@@ -101,9 +101,9 @@ class LatentDensity:
     @torch.no_grad()
     def unconstrain(self, latents: dict[str, Tensor]) -> Tensor:
         """u of latents {site: (K, N, *inner plates, *event)}, (K, N, D)."""
-        given = SetValues({name: self._coordinates.place(name, latents[name]) for name in self._sites})
+        values = {name: self._coordinates.place(name, latents[name]) for name in self._sites}
         num_particles = len(latents[next(iter(self._sites))])
-        return self._coordinates.join(self.sampler.run(given(self.sampler.model), num_particles, self.rows))
+        return self._coordinates.join(self.sampler.run(self.sampler.model, num_particles, self.rows, values=values))
 
     # -- densities ----------------------------------------------------------------------------------------------------
 
@@ -124,13 +124,15 @@ class LatentDensity:
             return torch.autograd.grad((prior + likelihood).sum(), u)[0]
 
     def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        handler = Constrain(self._coordinates.split(u))
         sampler, count = self.sampler, len(u)
-        trace = sampler.run(handler(sampler.model), count, self.rows, enumerate_sites=self.discrete)
-        first, *others = (self.layout.sum_to_points(n, value, self.rows) for n, value in handler.log_dets.items())
+        trace = sampler.run(
+            sampler.model, count, self.rows, enumerate_sites=self.discrete, unconstrained=self._coordinates.split(u)
+        )
+        sites = {name: trace.nodes[name] for name in self._sites}
+        first, *others = (self.layout.sum_to_points(n, site["log_det"], self.rows) for n, site in sites.items())
         log_det = sum(others, first)
         prior, likelihood = sampler.log_prior_likelihood(trace, count, self.rows, summed=self.discrete)
-        return prior + log_det, likelihood, log_det, handler.latents
+        return prior + log_det, likelihood, log_det, {name: site["value"] for name, site in sites.items()}
 
     def _log_posterior(self, latents: dict[str, Tensor], num_particles: int) -> Tensor:
         sites = {n: s for n, s in sample_sites(self._guide_trace).items() if not s["is_observed"]}
@@ -147,8 +149,13 @@ class LatentDensity:
             if outside is not None:
                 log_prob = log_prob.masked_fill(outside, -inf)
             return self.layout.sum_to_points(name, log_prob, self.rows)
-        guide = SetValues(latents)(self.sampler.guide)
-        trace = self.sampler.run(guide, num_particles, self.rows, enumerate_sites=self.sampler.pair.enumerated)
+        trace = self.sampler.run(
+            self.sampler.guide,
+            num_particles,
+            self.rows,
+            values=latents,
+            enumerate_sites=self.sampler.pair.enumerated,
+        )
         value = self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.sampler.pair.enumerated)
         outside = self.sampler.outside(trace, self.rows)
         return value if outside is None else value.masked_fill(outside, -inf)

@@ -23,6 +23,7 @@ from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
 from pyro_vae.pairs.checks import check_function, check_num_particles
 from pyro_vae.pairs.handlers import StopAfter, unobserved
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -33,6 +34,7 @@ PASSES: dict[str, Any] = {"tensors": 0.5, "together": 128}
 
 
 @one_thread
+@seeded
 def importance_sampling(
     model: Callable,
     guide: Callable,
@@ -45,6 +47,8 @@ def importance_sampling(
     exact_draw: Mapping[str, Tensor] | None = None,
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -83,6 +87,9 @@ def importance_sampling(
             as it is for less than 30 passes, its operations recorded and replayed for less than 1000, beyond that
             through generated code, which takes seconds to make. A pair that cannot be compiled runs as it is, with a
             warning.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -111,7 +118,7 @@ def importance_sampling(
     num_particles = check_num_particles(num_particles)
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive: expected a share of the particles in [0, 1), got {defensive}.")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     num_prior = round(defensive * num_particles)
     kernel = None
     if exact_draw is None and not num_prior:
@@ -140,6 +147,7 @@ def importance_sampling(
 
 
 @one_thread
+@seeded
 def prior_sampling(
     model: Callable,
     guide: Callable | None,
@@ -148,6 +156,8 @@ def prior_sampling(
     plate: str | None = "data",
     chunk_size: int | None = None,
     compile: bool | str = "auto",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -164,6 +174,9 @@ def prior_sampling(
         plate: name of the plate of data points.
         chunk_size: particles × rows of one pass.
         compile: as in `importance_sampling`.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         progress: show a progress bar, if on a terminal.
         **kwargs: what the model is called with.
 
@@ -192,7 +205,7 @@ def prior_sampling(
             f"prior_sampling: guide: expected a function or None, got {type(guide).__name__}. Try "
             "prior_sampling(model, None, x): the second place is that of the guide in the other estimators."
         )
-    sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate, parallel=parallel)
     # The model runs once for each draw, not twice. Its observed sites are not hidden in these runs, as `pyro.markov`
     # names them to the handler that enumerates; observed sites are no part of q in any trace.
     sampler.guide = StopAfter(sampler.pair.latents)(model)

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_vae.distributions.protocol import complete, ignores_missing
 from pyro_vae.pairs.look import Look
-from pyro_vae.pairs.sites import plate_frames, sample_sites
+from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites
 
 __all__ = [
     "check_function",
@@ -100,23 +100,27 @@ def check_plate(look: Look, plate: str | None) -> None:
     )
 
 
-def check_sites(look: Look, plate: str | None) -> None:
-    """Raises ValueError for sites outside of the data plate, and for subsamples where all data are one point."""
+def check_sites(look: Look, plate: str | None, *, outside: str = "") -> None:
+    """Raises ValueError for sites outside of the data plate, and for subsamples where all data are one point.
+
+    Args:
+        look: at the pair.
+        plate: of data points.
+        outside: which sites may be outside of it: none (""), "observed" ones, which are constants then, or "any".
+    """
     for where, trace in (("guide", look.guide), ("model", look.model)):
         for name, site in sample_sites(trace).items():
-            plates = [f.name for f in site["cond_indep_stack"]]
-            if plate is not None and plate not in plates:
-                raise ValueError(
-                    f"site {name!r} of the {where} is outside plate {plate!r} (its plates: "
-                    f"{', '.join(map(repr, plates)) or 'none'}); the weight of a data point needs every site inside"
-                    " it. Try to move the site in, to fix its value with poutine.condition, or plate=None for the "
-                    "joint evidence of all data."
-                )
             if site["infer"].get("num_samples") and site["infer"].get("enumerate"):
                 raise ValueError(
                     f"site {name!r} of the {where} is enumerated by draws (num_samples), which is no sum over its "
                     "values. Try enumerate='parallel' without num_samples."
                 )
+            if is_inside(site, plate):
+                continue
+            if outside == "any" and not (enumerates(site) and not site["is_observed"]):
+                continue
+            if not (outside == "observed" and site["is_observed"]):
+                raise ValueError(_outside(name, site, where, str(plate)))
     for f in plate_frames(*look[:2]):
         if plate is not None and f.name != plate and f.full_size is not None and 0 < f.size < f.full_size:
             raise ValueError(
@@ -128,6 +132,23 @@ def check_sites(look: Look, plate: str | None) -> None:
                 f"plate {f.name!r} has {f.size} of {f.full_size} data points; the joint evidence (plate=None) "
                 "needs all of them. Try to call model and guide on all data, without subsample_size."
             )
+
+
+def _outside(name: str, site: dict, where: str, plate: str) -> str:
+    plates = ", ".join(repr(f.name) for f in site["cond_indep_stack"]) or "none"
+    found = f"site {name!r} of the {where} is outside plate {plate!r} (its plates: {plates}); "
+    if site["is_observed"]:
+        return found + "its log-probability belongs to no data point. Try to move it in."
+    if enumerates(site):
+        return found + (
+            "it is enumerated, and given the other latents alone data points are not independent. Try plate=None for "
+            "the joint evidence of all data."
+        )
+    return found + (
+        "data points are independent only given its value, and have no log p(x) each. Try to move it in, "
+        "integrated_log_likelihood for log p(x_n|θ) at draws of it, poutine.condition on model and guide to fix its "
+        "value, or plate=None for the joint evidence of all data."
+    )
 
 
 def check_latents(drawn: dict[str, dict], latents: Collection[str]) -> None:

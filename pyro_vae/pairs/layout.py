@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.rows import Rows
-from pyro_vae.pairs.sites import plate_frames, sample_sites
+from pyro_vae.pairs.sites import is_inside, plate_frames, sample_sites
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 
 __all__ = ["Layout"]
@@ -26,7 +26,8 @@ class Layout:
 
     Attributes:
         max_plate_nesting: dimensions that the pair's own plates take.
-        dim: of the data plate, negative; None where all data are one point.
+        dim: of the data plate, negative; None where all data are one point, or the plate is sequential.
+        sequential: whether the data plate is a Python loop, in which each site belongs to one data point.
         device: of the model's values.
 
     Raises:
@@ -38,6 +39,14 @@ class Layout:
         dims = [frame.dim for frame in plate_frames(look.guide, look.model) if frame.dim is not None]
         self.max_plate_nesting = -min(dims, default=0)
         self.dim = None if plate is None else _data_dim(look, plate)
+        self.sequential = plate is not None and self.dim is None
+        self._point = {  # of a sequential plate: the data point that a site belongs to
+            name: frame.counter - 1
+            for trace in look[:2]
+            for name, site in sample_sites(trace).items()
+            for frame in site["cond_indep_stack"]
+            if frame.name == plate
+        }
         values = (site["value"] for site in sample_sites(look.model).values())
         self.device = next((value.device for value in values), torch.device("cpu"))
 
@@ -80,6 +89,9 @@ class Layout:
                 "dimensions (particles and plates). Try .to_event(…) for the dimensions that belong to one value."
             )
         value = value.reshape((1,) * (self.width - value.dim()) + value.shape)
+        if self.sequential:
+            column = torch.arange(self.rows.num_points, device=value.device) == self._point[name]
+            return torch.where(column, value.reshape(len(value), -1).sum(1, keepdim=True), 0)
         others = [a for a in range(1, self.width) if self.dim is None or a != self.width + self.dim]
         value = value.sum(others) if others else value
         return self.rows.select(value if self.dim is not None else value.unsqueeze(1), rows)
@@ -91,15 +103,16 @@ class Layout:
         return [a for a in axes if a in inside], [a for a in axes if a not in inside]
 
 
-def _data_dim(look: Look, plate: str) -> int:
+def _data_dim(look: Look, plate: str) -> int | None:
     dims = [{f.dim for f in plate_frames(trace) if f.name == plate} for trace in (look.guide, look.model)]
-    if not sample_sites(look.guide):
-        dims[0] = dims[1]  # all latents are summed out, and nothing is left for a guide
-    if dims[0] != dims[1] or len(dims[0]) != 1 or None in dims[0]:
-        guide, model = (", ".join(sorted(map(str, d))) or "none" for d in dims)
+    guide, model = (sample_sites(trace) for trace in look[:2])
+    if not any(is_inside(site, plate) for name, site in guide.items() if name in model):
+        dims[0] = dims[1]  # latents inside of the plate are summed out, or there are none
+    if dims[0] != dims[1] or len(dims[0]) != 1:
+        names = [", ".join(sorted(map(str, d))) or "none" for d in dims]
         raise ValueError(
-            f"plate {plate!r}: expected it in model and guide, vectorized, at one dim; got dim {model} in the "
-            f"model and {guide} in the guide. Try pyro.plate(…, dim=-1), the same everywhere, or plate=None for "
-            "the joint evidence where the latents are outside of it."
+            f"plate {plate!r}: expected it in model and guide, at one dim; got dim {names[1]} in the model and "
+            f"{names[0]} in the guide. Try pyro.plate(…, dim=-1), the same everywhere, or plate=None for the joint "
+            "evidence where the latents are outside of it."
         )
     return dims[0].pop()

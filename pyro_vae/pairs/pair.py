@@ -20,7 +20,7 @@ from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
 from pyro_vae.pairs.rows import WINDOW, Rows, find_rows
-from pyro_vae.pairs.sites import enumerates, find_sites, plate_frames, sample_sites
+from pyro_vae.pairs.sites import enumerates, find_sites, is_inside, plate_frames, sample_sites
 from pyro_vae.pairs.vectorized import check_vectorized
 
 __all__ = ["Pair"]
@@ -90,17 +90,28 @@ class Pair:
 
     @cached_property
     def layout(self) -> Layout:
+        """Where data points are among a tensor's dimensions, of a pair that is all inside the plate of these."""
+        return self.find_layout()
+
+    def find_layout(self, outside: str = "") -> Layout:
         """Where data points are among a tensor's dimensions, of a pair whose draws can be weighed for each of them.
+
+        Args:
+            outside: which sites may be outside of the data plate: none (""), "observed" ones, or "any".
 
         Raises:
             ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
                 subsamples where `plate` is None.
         """
         check_plate(self.look, self.plate)
-        check_sites(self.look, self.plate)
+        check_sites(self.look, self.plate, outside=outside)
         layout = Layout(self.look, self.plate, self.rows)
         check_latents(self._latents(self.look.guide), self.latents - self.summed)
         return layout
+
+    def outside(self, trace: poutine.Trace) -> dict[str, dict]:
+        """The sites of a trace that are outside of the data plate."""
+        return {name: site for name, site in sample_sites(trace).items() if not is_inside(site, self.plate)}
 
     @staticmethod
     def _latents(trace: poutine.Trace) -> dict[str, dict]:
@@ -119,11 +130,13 @@ class Pair:
         rows = next((len(a) for a in self.args if isinstance(a, Tensor) and a.dim()), None)
         return None if not sizes or sizes == {rows} else max(sizes)
 
-    def check_vectorized(self) -> None:
+    def check_vectorized(self, layout: Layout | None = None) -> None:
         """Raises ValueError if many particles at once do not give what each of them gives alone."""
         args, kwargs = self.rows.cut(slice(0, WINDOW))
         subsamples = self.look.subsamples()  # the same in all runs: others would make a difference of their own
-        check_vectorized((self.guide, self.model), args, kwargs, self.look[:2], self.layout.width, subsamples)
+        check_vectorized(
+            (self.guide, self.model), args, kwargs, self.look[:2], (layout or self.layout).width, subsamples
+        )
 
     # -- the look -----------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ __all__ = [
     "base_distribution",
     "enumerates",
     "find_sites",
+    "is_inside",
     "outside_support",
     "plate_frames",
     "sample_sites",
@@ -78,6 +79,11 @@ def sample_sites(trace: poutine.Trace) -> dict[str, dict]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic")
     }
+
+
+def is_inside(site: dict, plate: str | None) -> bool:
+    """Whether a site is in the plate of this name; everything is in None, which stands for all data."""
+    return plate is None or any(frame.name == plate for frame in site["cond_indep_stack"])
 
 
 def enumerates(site: dict) -> bool:

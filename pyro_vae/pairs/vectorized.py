@@ -17,9 +17,12 @@ from torch import Tensor
 from pyro_vae.pairs.handlers import SetSubsample, SetValues
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.supports import bijection
 from pyro_vae.pairs.untouched import Untouched
 
 __all__ = ["PARTICLE_PLATE", "check_vectorized"]
+
+TOGETHER = 4  # particles: of those that a branch or a maximum over all of them leaves as they are, there may be one
 
 PARTICLE_PLATE = "num_particles_vectorized"  # as Pyro's own vectorized ELBOs call it
 ADVICE = (
@@ -37,7 +40,7 @@ def check_vectorized(
     width: int,
     subsamples: dict[str, Tensor],
 ) -> None:
-    """Runs a pair for two particles, and again for the first of them alone, and compares.
+    """Runs a pair for some particles together, and again for each of them alone, and compares.
 
     Args:
         pair: the guide and the model.
@@ -48,10 +51,9 @@ def check_vectorized(
         subsamples: {plate: indices} of plates that draw some, the same in both runs.
 
     Raises:
-        ValueError: the pair does not run for two, or one of its sites has another log-probability then.
+        ValueError: the pair does not run for several, or one of its sites has another log-probability then.
     """
     values: dict[str, Tensor] = {}
-    first: dict[str, Tensor] = {}
     with (
         fork_random_state(),
         torch.no_grad(),
@@ -62,31 +64,44 @@ def check_vectorized(
         Untouched(*pair),
     ):
         for role, function, look in zip(("guide", "model"), pair, looks, strict=True):
+            plate = pyro.plate(PARTICLE_PLATE, TOGETHER, dim=-width)
             try:
-                together = _sites(pyro.plate(PARTICLE_PLATE, 2, dim=-width)(function), values, args, kwargs)
+                together = _sites(plate(function), values, args, kwargs)
             except Exception as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ValueError(f"the {role} does not run for two particles at once: {reason}. {ADVICE}") from error
-            for name, site in together.items():
-                if not site["is_observed"] and name not in values:
-                    values[name] = site["value"]
-                    one = _first(site["value"], width + len(site["fn"].event_shape))
+            drawn = {name: site for name, site in together.items() if not site["is_observed"]}
+            new = {name: _mirrored(site, width) for name, site in drawn.items() if name not in values}
+            if new:
+                values |= new
+                together = _sites(plate(function), values, args, kwargs)
+            events = {name: len(site["fn"].event_shape) for name, site in drawn.items()}
+            for k in range(TOGETHER):
+                own = {}
+                for name, event in events.items():
+                    one = _one(values[name], width + event, k)
                     dims = look.nodes[name]["value"].dim() if name in look.nodes else one.dim()
-                    first[name] = one.reshape(one.shape[one.dim() - dims :])  # what is left of them has size one
-            alone = _sites(function, first, args, kwargs)
-            for name in together.keys() & alone.keys():
-                expected = _log_prob(alone[name])
-                got = _log_prob(together[name])
-                if expected is None or got is None:
-                    continue
-                difference = _first(got, width).sum() - expected.sum()
-                if difference.abs() > 1e-3 * (1 + expected.abs().sum()):
-                    again = _log_prob(_sites(function, first, args, kwargs)[name])
-                    if torch.equal(again, expected):  # else chance makes the difference
-                        raise ValueError(
-                            f"site {name!r} of the {role} has another log-probability for one particle alone than for "
-                            f"the same particle beside another. {ADVICE}"
-                        )
+                    own[name] = one.reshape(one.shape[one.dim() - dims :])  # what is left of them has size one
+                _compare(role, function, together, own, (args, kwargs), (width, k))
+
+
+def _compare(
+    role: str, function: Callable, together: dict, own: dict[str, Tensor], arguments: tuple, at: tuple[int, int]
+) -> None:
+    """Raises ValueError if sites have other log-probabilities for a particle alone than beside others."""
+    alone = _sites(function, own, *arguments)
+    for name in together.keys() & alone.keys():
+        expected, got = _log_prob(alone[name]), _log_prob(together[name])
+        if expected is None or got is None:
+            continue
+        difference = _one(got, *at).sum() - expected.sum()
+        if difference.abs() > 1e-3 * (1 + expected.abs().sum()):
+            again = _log_prob(_sites(function, own, *arguments)[name])
+            if torch.equal(again, expected):  # else chance makes the difference
+                raise ValueError(
+                    f"site {name!r} of the {role} has another log-probability for one particle alone than for the "
+                    f"same particle beside others. {ADVICE}"
+                )
 
 
 def _sites(function: Callable, values: dict[str, Tensor], args: tuple, kwargs: dict) -> dict[str, dict]:
@@ -94,9 +109,25 @@ def _sites(function: Callable, values: dict[str, Tensor], args: tuple, kwargs: d
         return sample_sites(poutine.trace(function).get_trace(*args, **kwargs))
 
 
-def _first(value: Tensor, width: int) -> Tensor:
-    """Of the first particle, whose dimension is the one `width` from the right, if it is there."""
-    return value.select(-width, 0) if value.dim() >= width else value
+def _mirrored(site: dict, width: int) -> Tensor:
+    """Values of which every second particle is the one before it, mirrored at the middle of the support, if it has one:
+    of such a pair, a branch that asks for a sign goes to both sides."""
+    value, fn = site["value"], site["fn"]
+    axis = value.dim() - width - len(fn.event_shape)
+    try:
+        transform = bijection(site["name"], fn)
+        if axis != 0 or len(value) != TOGETHER or not value.is_floating_point():
+            return value
+        mirrored = transform(-transform.inv(value))
+    except Exception:  # discrete, or without a bijection, or one that depends on the particle
+        return value
+    odd = (torch.arange(TOGETHER, device=value.device) % 2 == 1).reshape(-1, *(1,) * (value.dim() - 1))
+    return torch.where(odd & mirrored.roll(1, 0).isfinite(), mirrored.roll(1, 0), value)
+
+
+def _one(value: Tensor, width: int, k: int) -> Tensor:
+    """Of one particle; particles are the dimension that is `width` from the right, if it is there."""
+    return value.select(-width, k) if value.dim() >= width and value.shape[-width] > 1 else value
 
 
 def _log_prob(site: dict) -> Tensor | None:

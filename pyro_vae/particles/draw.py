@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.particles import Particles
@@ -16,14 +17,22 @@ __all__ = ["draw_particles"]
 
 
 @one_thread
+@seeded
 def draw_particles(
-    model: Callable, guide: Callable, *args: Any, num_particles: int, plate: str | None = "data", **kwargs: Any
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_particles: int,
+    plate: str | None = "data",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
+    **kwargs: Any,
 ) -> Particles:
     """Draws K weighted particles for each data point of a (model, guide) pair.
 
     Modules run in evaluation mode; gradients flow unless `torch.no_grad()` says otherwise. All K × N particles are
-    held at once: for summaries of many, `importance_sampling` streams. All run at once, in a dimension left of the
-    plates: a model or guide that counts dimensions from the left is refused.
+    held at once: for summaries of many, `importance_sampling` streams. They run at once, in a dimension left of the
+    plates, or one at a time where a model or guide counts dimensions from the left.
 
     Args:
         model: a Pyro model, with the data points in a plate called `plate`, at any depth. Discrete latents that the
@@ -33,6 +42,9 @@ def draw_particles(
         num_particles: K ≥ 1.
         plate: name of the plate of data points; None takes all data as one point, N = 1, latents outside of plates
             included.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         **kwargs: what both are called with.
 
     Returns:
@@ -54,7 +66,7 @@ def draw_particles(
         >>> draw_particles(model, guide, torch.tensor([0.0, 2.0]), num_particles=3).log_weight[0]
         tensor([-1.2655, -2.2655])
     """
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     check_density(sampler.pair)
     with evaluation_mode(model, guide):
         return sampler.draw(check_num_particles(num_particles))

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae.distributions.protocol import ignores_missing
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
@@ -27,6 +28,7 @@ __all__ = ["impute"]
 
 
 @one_thread
+@seeded
 def impute(
     model: Callable,
     guide: Callable,
@@ -34,6 +36,8 @@ def impute(
     num_draws: int = 1,
     num_particles: int = 100,
     plate: str = "data",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     **kwargs: Any,
 ) -> dict[str, Tensor]:
     """Completes data with missing values (NaN), as draws from the model's predictive distribution given the observed.
@@ -46,6 +50,9 @@ def impute(
         num_particles: K, draws of the guide for each data point, of which S are taken with replacement, by weight; 1
             trusts the guide as it is. The bias is of order 1/K.
         plate: name of the plate of data points.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         **kwargs: what both are called with.
 
     Returns:
@@ -70,7 +77,7 @@ def impute(
     check_num_particles(num_particles)
     if num_draws < 1:
         raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     if num_particles > 1:  # one draw of a point needs no weight
         check_density(sampler.pair)
     if sampler.pair.summed:

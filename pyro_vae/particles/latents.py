@@ -81,24 +81,21 @@ class Coordinates:
 
 
 class Constrain(Messenger):
-    """Sets latent sites to the images of unconstrained values, and keeps the log-determinants."""
+    """Sets latent sites to the images of unconstrained values; their sites in a trace have the `log_det` besides."""
 
-    def __init__(self, unconstrained: dict[str, Tensor]) -> None:
+    def __init__(self, unconstrained: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.unconstrained = unconstrained
-        self.latents: dict[str, Tensor] = {}
-        self.log_dets: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict) -> None:
         name = msg["name"]
         if name not in self.unconstrained:
             return
         u, transform = self.unconstrained[name], bijection(name, msg["fn"])
-        value = transform(u)
-        self.latents[name] = msg["value"] = value
+        msg["value"] = value = transform(u)
         log_det = transform.log_abs_det_jacobian(u, value)
         event = len(msg["fn"].event_shape) - transform.codomain.event_dim  # that the transform leaves in its batch
-        self.log_dets[name] = log_det.sum(list(range(-event, 0))) if event else log_det
+        msg["log_det"] = log_det.sum(list(range(-event, 0))) if event else log_det
 
 
 def _is_real(transform: Any) -> bool:

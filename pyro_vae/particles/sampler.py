@@ -19,29 +19,29 @@ effective sample size functions of them. This file draws them and knows traces a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from math import inf
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_vae.distributions.protocol import ignores_missing
-from pyro_vae.pairs.checks import check_rows, check_support
+from pyro_vae.pairs.checks import check_latents, check_rows, check_support
 from pyro_vae.pairs.enumeration import sum_product
-from pyro_vae.pairs.handlers import SetSubsample, SetValues, StopAfter
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob, site_mask
+from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.validity import check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 from pyro_vae.particles.chunks import cells_within_budget
+from pyro_vae.particles.outside import check_constants
 from pyro_vae.particles.particles import Particles, concatenate
+from pyro_vae.particles.runs import Runs, expanded
+from pyro_vae.particles.serial import parts_of
 
 __all__ = ["ParticleSampler"]
 
@@ -49,11 +49,22 @@ __all__ = ["ParticleSampler"]
 class ParticleSampler:
     """A (model, guide) pair with its arguments, looked at once, to draw particles from again and again.
 
+    Args:
+        model: the model.
+        guide: its guide.
+        args: what both are called with.
+        kwargs: what both are called with.
+        plate: name of the plate of data points; None takes all data as one point.
+        parallel: True: many particles run at once; False: one at a time; "auto": at once where the pair allows it.
+        outside: whether latents may be outside of the plate (globals θ): then weights are those of the latents inside,
+            p(x_n, z_n|θ) / q(z_n|θ), at the values of θ that `given` sets.
+
     Attributes:
         pair: what is known of it.
         layout: of the pair.
         rows: of the pair.
         num_points: N, the size of the data plate (of the whole data set, if the plate subsamples it).
+        serial: whether particles run one at a time.
     """
 
     def __init__(
@@ -64,13 +75,19 @@ class ParticleSampler:
         kwargs: dict | None = None,
         *,
         plate: str | None = "data",
+        parallel: bool | str = "auto",
+        outside: bool = False,
     ) -> None:
         self.model, self.guide = model, guide
         self.pair = Pair(model, guide, args, kwargs, plate=plate)
-        self.layout, self.rows = self.pair.layout, self.pair.rows
+        self.layout, self.rows = self.pair.find_layout("any" if outside else "observed"), self.pair.rows
         self.num_points = self.rows.num_points
         self._cells: int | None = None  # particles × rows of a pass, once known
-        self.pair.check_vectorized()
+        self._given: dict[str, Tensor] = {}
+        self._runs = Runs(self.pair, self.layout, parallel)
+        self.serial = self._runs.serial
+        if not outside:
+            check_constants(self)
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +119,7 @@ class ParticleSampler:
         cells = max(1, int(self._cells / tensors) if chunk_size is None else chunk_size)
         rows = self.rows.fixed or self.num_points
         if self.rows.separable:
-            rows = min(rows, max(1, cells // together))
+            rows = min(rows, max(1, cells // (1 if self.serial else together)))  # a run costs the same for any rows
             rows = -(-self.num_points // -(-self.num_points // rows))  # passes of about the same size
         at_once = max(1, min(num_particles, cells // rows))
         at_once = -(-num_particles // -(-num_particles // at_once))
@@ -156,53 +173,44 @@ class ParticleSampler:
         num_particles: int,
         rows: slice | None = None,
         *,
-        enumerate_sites: Collection[str] = (),
-        replay: poutine.Trace | None = None,
-    ) -> poutine.Trace:
-        """Traces `function` (the model, the guide or a handled version of them) under the particle plate.
+        values: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> Any:
+        """A trace of `function` (the model, the guide or a handled version of them) for K particles, as `Runs` has it,
+        at the given values of latents outside of the plate."""
+        given = {name: expanded(value, num_particles) for name, value in self._given.items()}
+        return self._runs(function, num_particles, rows, values={**given, **(values or {})}, **options)
 
-        Args:
-            function: called with the pair's arguments, cut to `rows`.
-            num_particles: K.
-            rows: default: all.
-            enumerate_sites: discrete latents to enumerate, in dimensions left of the particles'.
-            replay: a trace of the last run, whose values this one takes, and whose enumerated dimensions it keeps.
-        """
-        layout = self.layout
-        args, kwargs = self.rows.cut(rows)
-        function = pyro.plate(PARTICLE_PLATE, num_particles, dim=-layout.width)(function)
-        after = any("_enumerate_dim" in s["infer"] for s in sample_sites(replay).values()) if replay else False
-        if enumerate_sites or after:
-            function = poutine.infer_config(
-                function, lambda site: {"enumerate": "parallel" if site["name"] in enumerate_sites else None}
-            )
-            function = EnumMessenger(None if after else -1 - layout.width)(function)
-        if replay is not None:  # outside of the enumeration, which has to see what a site's parameters depend on
-            function = poutine.replay(function, replay)
-        # the rows of a plate that holds its data itself
-        indices = {} if self.rows.fixed is None else {layout.plate: self.rows.subsample(rows)}
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), SetSubsample(indices):
-            tracer = poutine.trace(function)
-            with suppress(StopAfter.Done):
-                tracer(*args, **kwargs)
-            return tracer.trace
+    @contextmanager
+    def given(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Sets sites outside of the plate to G draws, {site: (G, …) as in traces}; of K particles each gets K/G."""
+        before, self._given = self._given, dict(values)
+        try:
+            yield
+        finally:
+            self._given = before
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
         start = rows.start if rows else 0
         options = {"enumerate_sites": self.pair.summed, "replay": guide_trace}
         model_trace = self.run(self.model, num_particles, rows, **options)
+        if self.serial:  # sites may come and go
+            self._check_latents(guide_trace, model_trace)
         if check:
             check_masks(guide_trace, model_trace)
             self._check_masked(guide_trace, model_trace, num_particles, rows)
-            observed = {name: site for name, site in sample_sites(model_trace).items() if site["is_observed"]}
+            one = parts_of(model_trace)[0]
+            observed = {name: site for name, site in sample_sites(one).items() if site["is_observed"]}
             incomplete = [site["value"] for site in observed.values() if ignores_missing(site["fn"])]
-            check_rows(model_trace.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
-            check_rows(model_trace.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
+            check_rows(one.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
+            check_rows(one.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
             for name, site in observed.items():
                 check_support(name, site, start=start)
             for name in self.pair.latents & guide_trace.nodes.keys():
-                value = self.layout.align(guide_trace.nodes[name], rows)  # (K, N, …)
-                bad = value.isnan().transpose(0, 1).flatten(1).any(1)
+                site = guide_trace.nodes[name]
+                if not is_inside(site, self.layout.plate) or not all(name in p.nodes for p in parts_of(guide_trace)):
+                    continue
+                bad = self.layout.align(site, rows).isnan().transpose(0, 1).flatten(1).any(1)  # of (K, N, …)
                 if bad.any():
                     raise ValueError(
                         f"site {name!r} of the guide: draws that are NaN, the first at row "
@@ -210,6 +218,14 @@ class ParticleSampler:
                         "with missing values, MaskedInput(network) in the encoder."
                     )
         return model_trace
+
+    def _check_latents(self, guide_trace: Any, model_trace: Any) -> None:
+        """Raises ValueError where one of the runs has latents in the model and not in the guide, or vice versa."""
+        for guide, model in zip(parts_of(guide_trace), parts_of(model_trace), strict=True):
+            drawn, own = (
+                {name: s for name, s in sample_sites(trace).items() if not s["is_observed"]} for trace in (guide, model)
+            )
+            check_latents(drawn, own.keys() - self.pair.summed)
 
     def _check_masked(
         self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None
@@ -228,7 +244,7 @@ class ParticleSampler:
                 event = (1,) * len(sites[name]["fn"].event_shape)
                 shape = mask.reshape(mask.shape + event)
                 values[name] = torch.where(shape, values[name], others[name]["value"])
-            moved = self.run(SetValues(values)(self.model), num_particles, rows, enumerate_sites=self.pair.summed)
+            moved = self.run(self.model, num_particles, rows, values=values, enumerate_sites=self.pair.summed)
             before, after = (
                 self.log_prior_likelihood(trace, num_particles, rows, summed=self.pair.summed)
                 for trace in (model_trace, moved)
@@ -247,8 +263,10 @@ class ParticleSampler:
         self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None = None
     ) -> Particles:
         """The particles of two traces of `run`: log-probabilities with masks, without scales, summed to (K, N)."""
-        sites = sample_sites(guide_trace).items()
-        latents = {name: self.layout.align(site, rows) for name, site in sites if not site["is_observed"]}
+        own = sample_sites(model_trace)  # not the guide's auxiliary sites
+        sites = {n: s for n, s in sample_sites(guide_trace).items() if n in own and not own[n]["is_observed"]}
+        sites = {name: site for name, site in sites.items() if is_inside(site, self.layout.plate)}
+        latents = {name: self.layout.align(site, rows) for name, site in sites.items()}
         prior, likelihood = self.log_prior_likelihood(model_trace, num_particles, rows, summed=self.pair.summed)
         posterior = self.log_posterior(guide_trace, num_particles, rows)
         shape = torch.broadcast_shapes(prior.shape, likelihood.shape, posterior.shape)
@@ -274,6 +292,7 @@ class ParticleSampler:
         found = []
         for name, site in sample_sites(trace).items():
             drawn = not site["is_observed"] and name not in self.pair.summed | self.pair.enumerated
+            drawn = drawn and is_inside(site, self.layout.plate)
             outside = outside_support(site) if drawn else None
             if outside is not None:
                 found.append(self.layout.sum_to_points(name, outside.to(torch.int), rows) > 0)
@@ -293,14 +312,24 @@ class ParticleSampler:
         terms = [
             self.layout.sum_to_points(name, site_log_prob(site), rows)
             for name, site in sites
-            if site["is_observed"] == observed
+            if site["is_observed"] == observed and is_inside(site, self.layout.plate)
         ]
         return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=self.layout.device)
 
     def _sum_product(self, traces: Any, sign: Callable, num_particles: int, rows: slice | None) -> Tensor:
-        keep = {PARTICLE_PLATE: num_particles}
+        keep = {} if self.serial else {PARTICLE_PLATE: num_particles}
         if self.layout.plate is not None:
             size = rows.stop - rows.start if rows is not None and self.rows.separable else self.num_points
             keep[self.layout.plate] = self.rows.fixed or size
-        value = sum_product(traces, sign, keep)
+        if self.serial:
+            whose = {id(part): trace for trace in traces for part in parts_of(trace)}
+            runs = zip(*map(parts_of, traces), strict=True)
+            inside = _inside(lambda part, site: sign(whose[id(part)], site), self.layout.plate)
+            value = torch.stack([sum_product(parts, inside, keep) for parts in runs])
+        else:
+            value = sum_product(traces, _inside(sign, self.layout.plate), keep)
         return self.rows.select(value if self.layout.plate is not None else value.unsqueeze(1), rows)
+
+
+def _inside(sign: Callable, plate: str | None) -> Callable:
+    return lambda trace, site: sign(trace, site) if is_inside(site, plate) else 0

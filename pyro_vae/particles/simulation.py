@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
@@ -33,7 +34,16 @@ class Simulation:
 
 
 @one_thread
-def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "data", **kwargs: Any) -> Simulation:
+@seeded
+def simulate(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    plate: str | None = "data",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Simulation:
     """Draws z* ~ p(z), x ~ p(x|z*) as many times as there are data points, and puts x in the place of the data.
 
     Args:
@@ -41,6 +51,9 @@ def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "
         guide: its guide.
         *args: what both are called with.
         plate: name of the plate of data points.
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
         **kwargs: what both are called with.
 
     Returns:
@@ -62,7 +75,7 @@ def simulate(model: Callable, guide: Callable, *args: Any, plate: str | None = "
         >>> round((simulation.args[0] - simulation.latents["z"]).std().item(), 1)
         0.1
     """
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     with torch.no_grad(), evaluation_mode(model, guide):
         observed = {n: s for n, s in sample_sites(sampler.traces(1)[1]).items() if s["is_observed"]}
         drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))

@@ -205,7 +205,7 @@ def test_the_check_for_particles_under_subsampling_plates(seed):
     x = torch.randn(8)
     importance_sampling(*pair(-1), x, num_particles=10, progress=False)
     with pytest.raises(ValueError, match="another log-probability for one particle alone"):
-        importance_sampling(*pair(1), x, num_particles=10, progress=False)
+        importance_sampling(*pair(1), x, num_particles=10, parallel=True, progress=False)
 
 
 def test_a_right_pair_is_never_refused_by_chance():

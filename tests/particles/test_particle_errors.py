@@ -107,8 +107,8 @@ def test_dimensions_counted_from_the_left_are_refused(name):
     Trace_ELBO().loss(model, guide, x)
     message = r"of the model|the model does not run for two particles at once: .*Try to count dimensions from the right"
     for tool in (
-        lambda: draw_particles(model, guide, x, num_particles=5),
-        lambda: importance_sampling(model, guide, x),
+        lambda: draw_particles(model, guide, x, num_particles=5, parallel=True),
+        lambda: importance_sampling(model, guide, x, parallel=True),
         lambda: ImportanceWeightedELBO(5).loss(model, guide, x),
     ):
         with pytest.raises(ValueError, match=message):
