@@ -26,7 +26,7 @@ from math import log10, nan, sqrt
 import torch
 from torch import Tensor
 
-__all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence"]
+__all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence", "khat_threshold"]
 
 LOWER_BOUND = "lower bound on log p(x) in expectation"
 UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
@@ -62,7 +62,7 @@ class Evidence:
     @property
     def threshold(self) -> float:
         """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21 (k-hat unknown)."""
-        return min(1 - 1 / log10(self.num_particles), 0.7) if self.num_particles > 20 else nan
+        return khat_threshold(self.num_particles)
 
     @property
     def doubtful(self) -> Tensor:
@@ -109,3 +109,8 @@ class Evidence:
             shown = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
             lines.append(f"  not finite             {len(bad)} points, left out of the mean: rows {shown}")
         return "\n".join(lines)
+
+
+def khat_threshold(num_particles: int) -> float:
+    """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21 (k-hat unknown)."""
+    return min(1 - 1 / log10(num_particles), 0.7) if num_particles > 20 else nan

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae.evidence.density import LatentDensity
 
-__all__ = ["Gaussians", "Proposal", "defined", "from_guide", "from_prior", "mixture_weights", "shares"]
+__all__ = ["Gaussians", "Proposal", "defined", "from_guide", "from_prior", "mixture_weights", "shares", "spread"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def mixture_weights(
             u, given = given, None
         else:
             # the index of a draw, spread over all K so that each chunk gets its share of every component
-            index = (torch.arange(drawn, drawn + count, device=counts.device) * _coprime(total) % total).unsqueeze(-1)
+            index = (torch.arange(drawn, drawn + count, device=counts.device) * spread(total) % total).unsqueeze(-1)
             drawn += count
             if exact is not None:  # each point by itself: a chance shared by all would not average out over them
                 index = torch.randint(total, (count, counts.shape[1]), device=counts.device)
@@ -150,8 +150,8 @@ def _evaluate(density: LatentDensity, proposals: Sequence[Proposal], u: Tensor) 
     return density.log_all(u) if any(q.needs_guide for q in proposals) else density.log_joint(u)
 
 
-def _coprime(n: int) -> int:
-    """A number near the golden section of n without a factor in common: its multiples visit all of 0 … n − 1."""
+def spread(n: int) -> int:
+    """A number near the golden section of n without a factor in common: its multiples mod n visit all of 0 … n − 1."""
     k = max(1, round(n * 0.618))
     while gcd(k, n) != 1:
         k += 1

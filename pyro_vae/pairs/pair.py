@@ -117,6 +117,12 @@ class Pair:
     def _latents(trace: poutine.Trace) -> dict[str, dict]:
         return {name: site for name, site in sample_sites(trace).items() if not site["is_observed"]}
 
+    @property
+    def has_locals(self) -> bool:
+        """Whether the guide draws latents inside of the data plate."""
+        drawn = sample_sites(self.look.guide).items()
+        return any(is_inside(site, self.plate) for _, site in drawn if not site["is_observed"])
+
     @cached_property
     def participants(self) -> Participants:
         """Parameters and modules that take part in the log-probabilities of model and guide."""

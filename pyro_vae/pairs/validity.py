@@ -12,14 +12,15 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.pairs.handlers import SetSubsample, SetValues
+from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.rows import WINDOW
-from pyro_vae.pairs.sites import base_distribution, sample_sites, site_log_prob, site_mask
+from pyro_vae.pairs.sites import base_distribution, is_inside, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.supports import bijection
 from pyro_vae.pairs.untouched import Untouched
 
-__all__ = ["check_density", "check_masks"]
+__all__ = ["check_density", "check_masks", "is_factored"]
 
 MOST_COMPARED = 200  # numbers whose Jacobian is compared
 
@@ -40,14 +41,8 @@ def check_density(pair: Pair) -> None:
                 f"site {name!r} of the guide is a pyro.factor: whether it belongs to the density of draws cannot be "
                 "told. Try log_density of a Delta for a log-determinant, and a factor of the model for anything else."
             )
-    sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
-    latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
-    points = {n for n, s in sites.items() if _is_point(s["fn"])}
-    # a point of the model too, such as a prior that is one, has the weight one
-    points -= {n for n in points & latents if _is_point(look.model.nodes[n]["fn"])}
-    auxiliary = [n for n in sites if n not in latents and n not in points]
+    sites, points, auxiliary, images = _through_points(look)
     drawn = sum(int(sites[n]["value"].numel()) for n in auxiliary)
-    images = [n for n in sites if n in points & latents]
     through = sum(_unconstrained(look.model.nodes[n])[0].numel() for n in images)
     if drawn < through:
         names = ", ".join(map(repr, sorted(points)))
@@ -65,6 +60,30 @@ def check_density(pair: Pair) -> None:
         )
     if 0 < drawn <= MOST_COMPARED:
         _check_jacobian(pair, auxiliary, images)
+
+
+def is_factored(pair: Pair) -> bool:
+    """Whether a guide is q(θ) q(z|θ), with densities of its own for the latents θ outside of the data plate and z
+    inside, and not one joint density of which both are images, as that of `AutoMultivariateNormal`."""
+    look = pair.look
+    sites, _, auxiliary, images = _through_points(look)
+    for inside in (True, False):
+        drawn = [sites[n] for n in auxiliary if is_inside(sites[n], pair.plate) == inside]
+        through = [look.model.nodes[n] for n in images if is_inside(sites[n], pair.plate) == inside]
+        if sum(int(s["value"].numel()) for s in drawn) != sum(_unconstrained(s)[0].numel() for s in through):
+            return False
+    return True
+
+
+def _through_points(look: Look) -> tuple[dict[str, dict], set[str], list[str], list[str]]:
+    """What a guide draws: all its sites; points among them; auxiliary sites; latents that are images of these."""
+    sites = {n: s for n, s in sample_sites(look.guide).items() if not s["is_observed"]}
+    latents = {n for n, s in sample_sites(look.model).items() if not s["is_observed"]}
+    points = {n for n, s in sites.items() if _is_point(s["fn"])}
+    # a point of the model too, such as a prior that is one, has the weight one
+    points -= {n for n in points & latents if _is_point(look.model.nodes[n]["fn"])}
+    auxiliary = [n for n in sites if n not in latents and n not in points]
+    return sites, points, auxiliary, [n for n in sites if n in points & latents]
 
 
 def _check_jacobian(pair: Pair, auxiliary: list[str], images: list[str]) -> None:

@@ -8,30 +8,75 @@ constant, that does not enter weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_vae.pairs.handlers import StopAfter
+from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.sites import outside_support, site_log_prob
 
 if TYPE_CHECKING:
     from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["check_constants", "draw_outside", "log_prob_outside"]
+__all__ = ["Outside", "align_outside", "check_constants", "draw_outside", "given_outside", "log_prob_outside"]
 
 
-def draw_outside(sampler: ParticleSampler, num_particles: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Draws θ from the guide, for `ParticleSampler.given`: {site of the guide: (K, …) as in traces}, auxiliary sites
-    included; log p(θ, x_outside) and log q(θ), each (K,), nats."""
-    guide_trace = sampler.run(sampler.guide, num_particles)
-    model_trace = sampler.run(sampler.model, num_particles, enumerate_sites=sampler.pair.summed, replay=guide_trace)
+class Outside(NamedTuple):
+    """Draws θ of what is outside of the data plate.
+
+    Attributes:
+        values: of the guide's sites outside, auxiliary ones too, {site: (S, …) as in traces}, for
+            `ParticleSampler.given`.
+        latents: of the model's latents outside, {site: (S, *plates, *event)}.
+        log_p: log p(θ, x_outside), (S,), nats.
+        log_q: log q(θ), (S,), nats; zero where the draws are given.
+    """
+
+    values: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    log_p: Tensor
+    log_q: Tensor
+
+
+def draw_outside(sampler: ParticleSampler, num_samples: int) -> Outside:
+    """S draws from the guide. Neither guide nor model run on after what is outside."""
+    look = sampler.pair.look
+    guide, model = (StopAfter(sampler.pair.outside(trace)) for trace in look[:2])
+    guide_trace = sampler.run(guide(sampler.guide), num_samples)
+    model_trace = sampler.run(model(sampler.model), num_samples, replay=guide_trace)
     values = {name: s["value"] for name, s in sampler.pair.outside(guide_trace).items() if not s["is_observed"]}
     log_q = log_prob_outside(sampler, guide_trace, observed=False)
     log_p = log_prob_outside(sampler, model_trace)
-    return values, log_p.expand(num_particles), log_q.expand(num_particles)
+    latents = {name: align_outside(sampler, s) for name, s in _latents(sampler, model_trace).items()}
+    return Outside(values, latents, log_p.expand(num_samples), log_q.expand(num_samples))
+
+
+def given_outside(sampler: ParticleSampler, draws: Mapping[str, Tensor]) -> Outside:
+    """Draws {site: (S, *plates, *event)} of all latents outside, from elsewhere."""
+    sites = _latents(sampler, sampler.pair.look.model)
+    if missing := sorted(sites.keys() - draws.keys()):
+        raise ValueError(f"draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
+    latents = {name: draws[name] for name in sites}
+    if len({len(value) for value in latents.values()}) > 1:
+        raise ValueError(f"draws: expected as many of each site, got { {n: len(v) for n, v in latents.items()} }.")
+    around = Layout(sampler.pair.look, None, sampler.rows)
+    values = {name: around.place(site, latents[name].unsqueeze(1)) for name, site in sites.items()}
+    zero = torch.zeros(len(next(iter(latents.values()))) if latents else 1, device=sampler.layout.device)
+    return Outside(values, latents, zero, zero)
+
+
+def _latents(sampler: ParticleSampler, model_trace: Any) -> dict[str, dict]:
+    return {name: s for name, s in sampler.pair.outside(model_trace).items() if not s["is_observed"]}
+
+
+def align_outside(sampler: ParticleSampler, site: dict) -> Tensor:
+    """The value of a site outside, (K, *plates, *event)."""
+    return Layout(sampler.pair.look, None, sampler.rows).align(site)[:, 0]
 
 
 def log_prob_outside(sampler: ParticleSampler, trace: Any, *, observed: bool = True) -> Tensor:
@@ -48,18 +93,20 @@ def log_prob_outside(sampler: ParticleSampler, trace: Any, *, observed: bool = T
 
 
 def check_constants(sampler: ParticleSampler) -> None:
-    """Raises ValueError where a site that is observed outside of the plate depends on latents inside."""
+    """Raises ValueError where a site outside of the plate depends on latents inside."""
     if not sampler.pair.outside(sampler.pair.look.model):
         return
     with fork_random_state(), torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-        sites = sampler.pair.outside(sampler.traces(4, check=False)[1])
+        one = draw_outside(sampler, 1)
+        values = {name: one.values[name].expand(4, *one.values[name].shape[1:]) for name in one.latents}
+        sites = sampler.pair.outside(sampler.run(sampler.model, 4, values=values))
     for name, site in sites.items():
         value = _by_particle(sampler, site_log_prob(site))
         if not torch.allclose(value, value[:1].expand_as(value), rtol=1e-4, atol=1e-4, equal_nan=True):
             raise ValueError(
-                f"site {name!r} is observed outside plate {sampler.layout.plate!r}, and depends on latents inside of "
-                "it: data points are not independent, and have no log p(x) each. Try to move it in, or plate=None for "
-                "the joint evidence of all data."
+                f"site {name!r} is outside plate {sampler.layout.plate!r}, and depends on latents inside of it: data "
+                "points are not independent, and have no log p(x) each. Try to move it in, or plate=None for the joint "
+                "evidence of all data."
             )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import reduce
+from functools import cached_property, reduce
 from math import inf
 from typing import Any
 
@@ -82,14 +82,19 @@ class ParticleSampler:
         self.pair = Pair(model, guide, args, kwargs, plate=plate)
         self.layout, self.rows = self.pair.find_layout("any" if outside else "observed"), self.pair.rows
         self.num_points = self.rows.num_points
-        self._cells: int | None = None  # particles × rows of a pass, once known
         self._given: dict[str, Tensor] = {}
         self._runs = Runs(self.pair, self.layout, parallel)
         self.serial = self._runs.serial
-        if not outside:
-            check_constants(self)
+        check_constants(self)
 
     # -- chunks -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def cells(self) -> int:
+        """Particles × rows of a pass within the budget of memory."""
+        few = (8, slice(0, 2)) if self.rows.separable else (1, None)
+        with evaluation_mode(self.model, self.guide):
+            return cells_within_budget(lambda: self.log_weight(*few, check=False))
 
     def chunks(
         self,
@@ -112,11 +117,7 @@ class ParticleSampler:
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
         together = max(1, num_particles if together is None else min(together, num_particles))
-        if chunk_size is None and self._cells is None:
-            few = (8, slice(0, 2)) if self.rows.separable else (1, None)
-            with evaluation_mode(self.model, self.guide):
-                self._cells = cells_within_budget(lambda: self.log_weight(*few, check=False))
-        cells = max(1, int(self._cells / tensors) if chunk_size is None else chunk_size)
+        cells = max(1, int(self.cells / tensors) if chunk_size is None else chunk_size)
         rows = self.rows.fixed or self.num_points
         if self.rows.separable:
             rows = min(rows, max(1, cells // (1 if self.serial else together)))  # a run costs the same for any rows
