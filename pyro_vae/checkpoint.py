@@ -22,6 +22,7 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
         path: name of the file, in a folder that exists.
 
     Raises:
+        TypeError: no module, such as a path and a module in the wrong order.
         ValueError: the folder does not exist, or `path` is itself a folder.
 
     Example:
@@ -34,6 +35,7 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
         >>> bool((first.weight == second.weight).all())
         True
     """
+    _check_order("save_weights", module, path)
     write({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}, path)
 
 
@@ -76,14 +78,15 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         path: name of the file.
 
     Raises:
-        ValueError: names or shapes differ (the message lists them), or `save_weights` did not write the file.
+        TypeError: no module, such as a path and a module in the wrong order.
+        ValueError: names, shapes or dtypes differ (the message lists them), or `save_weights` did not write the file.
     """
+    _check_order("load_weights", module, path)
     refusal = f"{path} was not written by save_weights. Try another file, or save the weights again."
     saved = read(path, refusal)
     if not (isinstance(saved, dict) and all(isinstance(tensor, Tensor) for tensor in saved.values())):
         raise ValueError(refusal)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    got = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    expected, got = ({name: _kind(t) for name, t in state.items()} for state in (module.state_dict(), saved))
     wrong = [
         f"{name}: expected {expected.get(name, 'nothing')}, got {got.get(name, 'nothing')}"
         for name in sorted(expected | got)
@@ -91,8 +94,25 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + ("; …" if len(wrong) > 5 else "")
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        same_shapes = shapes == {name: tensor.shape for name, tensor in saved.items()}
+        advice = "in the dtype, as by module.double()," if same_shapes else "with the sizes"
         raise ValueError(
             f"{path} does not fit {type(module).__name__}, which stays as it was ({shown}). Try to build the module "
-            "with the sizes it was saved with."
+            f"{advice} that it was saved with."
         )
     module.load_state_dict(saved)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_order(where: str, module: Any, path: Any) -> None:
+    """Raises TypeError unless what is saved or loaded is a module, and goes to or comes from a path."""
+    if isinstance(module, nn.Module) and isinstance(path, (str, Path)):
+        return
+    got = ", ".join(type(a).__name__ for a in (module, path))
+    wrong_order = isinstance(path, nn.Module) and isinstance(module, (str, Path))
+    advice = "them in the other order" if wrong_order else "a VAE, or another module, and the name of a file"
+    raise TypeError(f'{where}: expected (module, path), got ({got}). Try {advice}: {where}(vae, "vae.pt").')

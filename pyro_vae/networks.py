@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,13 @@ class MLP(nn.Module):
         hidden_sizes: widths of the hidden layers, e.g. [400, 200].
         context_size: total width of the context: further input vectors, which are concatenated to the first input.
         activation: class of the nonlinearity, or a function that makes it, such as `nn.ELU`.
+        norm: what normalises each layer before the nonlinearity: None, "layer" (`nn.LayerNorm`) or "batch"
+            (`nn.BatchNorm1d`). While it trains, "batch" makes the rows of a batch depend on one another; the ELBO is
+            that of the batch then.
+        dropout: probability that an element of a hidden layer is set to zero while it trains.
+
+    Raises:
+        ValueError: no such `norm`, or `dropout` is no probability below one.
 
     Example:
         >>> net = MLP((28, 28), [400], context_size=10)
@@ -42,14 +50,17 @@ class MLP(nn.Module):
         *,
         context_size: int = 0,
         activation: Callable[[], nn.Module] = nn.ELU,
+        norm: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_options("MLP", norm, dropout)
         self.in_shape = _shape(in_shape)
         self.context_size = context_size
         sizes = [prod(self.in_shape) + context_size, *hidden_sizes]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Linear(fan_in, fan_out), activation()]
+            layers += [nn.Linear(fan_in, fan_out), *_after(fan_out, activation, norm, dropout)]
         self.layers = nn.Sequential(*layers)
         self.out_features = sizes[-1]
 
@@ -60,14 +71,26 @@ class MLP(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions, each of which halves height and width, followed by one dense layer.
+    """Strided convolutions, each of which divides height and width by the stride, followed by one dense layer.
+
+    Convolutions are padded by p = ⌊(k − 1)/2⌋ zeros for a kernel of size k, so that n rows of pixels become
+    ⌊(n + 2p − k)/s⌋ + 1 with a stride of s: that is n/s rounded up where k is odd.
 
     Args:
-        in_shape: (channels, height, width) of an image.
-        channels: output channels of the convolutions (kernel 3, stride 2, padding 1).
+        in_shape: (channels, height, width) of an image, of any height and width.
+        channels: output channels of the convolutions.
         out_features: width of the dense layer.
         context_size: total width of the context, which is concatenated before the dense layer.
         activation: class of the nonlinearity, or a function that makes it.
+        kernel_size: k, height and width of the kernels.
+        stride: s, from 1 to `kernel_size`.
+        norm: what normalises each layer before the nonlinearity: None, "layer" (over channels and pixels of an image,
+            `nn.GroupNorm(1, …)`) or "batch" (`nn.BatchNorm2d`); see `MLP`.
+        dropout: probability that a channel (`nn.Dropout2d`), or an element of the dense layer, is set to zero while it
+            trains.
+
+    Raises:
+        ValueError: the image is too small, or an option has another value.
 
     Example:
         >>> ConvEncoder((1, 28, 28), [16, 32], 64)(torch.zeros(5, 1, 28, 28)).shape
@@ -82,17 +105,33 @@ class ConvEncoder(nn.Module):
         *,
         context_size: int = 0,
         activation: Callable[[], nn.Module] = nn.ELU,
+        kernel_size: int = 3,
+        stride: int = 2,
+        norm: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_options("ConvEncoder", norm, dropout)
         self.in_shape = _shape(in_shape)
         self.context_size = context_size
+        if len(self.in_shape) != 3:
+            raise ValueError(
+                f"ConvEncoder: expected in_shape=(channels, height, width), got {self.in_shape}. Try "
+                f"(1, *{self.in_shape[-2:]}), and x.unsqueeze(-3), for images without channels."
+            )
+        height, width = _sizes("ConvEncoder", self.in_shape[1:], len(channels), kernel_size, stride)[-1]
         sizes = [self.in_shape[0], *channels]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(sizes):
-            layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1), activation()]
+            layers += [
+                nn.Conv2d(fan_in, fan_out, kernel_size, stride=stride, padding=_padding(kernel_size)),
+                *_after(fan_out, activation, norm, dropout, images=True),
+            ]
         self.convolutions = nn.Sequential(*layers)
-        height, width = _halvings(self.in_shape[1:], len(channels))[-1]
-        self.dense = nn.Sequential(nn.Linear(sizes[-1] * height * width + context_size, out_features), activation())
+        self.dense = nn.Sequential(
+            nn.Linear(sizes[-1] * height * width + context_size, out_features),
+            *_after(out_features, activation, norm, dropout),
+        )
         self.out_features = out_features
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
@@ -102,17 +141,22 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The mirror image of `ConvEncoder`: a dense layer, then transposed convolutions that double height and width.
+    """The mirror image of `ConvEncoder`: a dense layer, then transposed convolutions that multiply height and width.
 
-    The output is a feature map (channels[-1], height, width) of the size of the image. The head maps its
-    channels to parameters pixel by pixel, as a 1×1 convolution.
+    Its feature maps have the sizes that those of a `ConvEncoder` of the same options have, in the other order, for
+    images of any height and width. The output is a feature map (channels[-1], height, width) of the size of the image.
+    The head maps its channels to parameters pixel by pixel, as a 1×1 convolution.
 
     Args:
         in_features: width of the latent vector.
-        channels: channels of the feature maps from the smallest to the last, with one doubling for each, e.g. [32, 16].
+        channels: channels of the feature maps from the smallest to the last, one convolution for each, e.g. [32, 16].
         out_size: (height, width) of the image.
         context_size: total width of the context, which is concatenated to the latent vector.
         activation: class of the nonlinearity, or a function that makes it.
+        kernel_size, stride, norm, dropout: as in `ConvEncoder`.
+
+    Raises:
+        ValueError: the image is too small, or an option has another value.
 
     Example:
         >>> ConvDecoder(8, [32, 16], (28, 28))(torch.zeros(5, 8)).shape
@@ -127,19 +171,35 @@ class ConvDecoder(nn.Module):
         *,
         context_size: int = 0,
         activation: Callable[[], nn.Module] = nn.ELU,
+        kernel_size: int = 3,
+        stride: int = 2,
+        norm: str | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        _check_options("ConvDecoder", norm, dropout)
         self.in_shape = (in_features,)
         self.context_size = context_size
-        sizes = _halvings(tuple(out_size), len(channels))[::-1]  # smallest first
+        if not channels or len(out_size) != 2:
+            raise ValueError(
+                "ConvDecoder: expected at least one channel count and out_size=(height, width), got channels="
+                f"{list(channels)} and out_size={tuple(out_size)}. Try ConvDecoder({in_features}, [32, 16], (28, 28))."
+            )
+        sizes = _sizes("ConvDecoder", tuple(out_size), len(channels), kernel_size, stride)[::-1]  # smallest first
         self._smallest = (channels[0], *sizes[0])
-        self.dense = nn.Sequential(nn.Linear(in_features + context_size, prod(self._smallest)), activation())
+        width, padding = prod(self._smallest), _padding(kernel_size)
+        self.dense = nn.Sequential(
+            nn.Linear(in_features + context_size, width), *_after(width, activation, norm, dropout)
+        )
         layers: list[nn.Module] = []
         for i, (small, large) in enumerate(pairwise(sizes)):
             fan_in, fan_out = channels[i], channels[min(i + 1, len(channels) - 1)]
-            # (small - 1)·2 - 2 + 3 + extra = large: `extra` undoes the rounding of the halving
-            extra = tuple(b - 2 * a + 1 for a, b in zip(small, large, strict=True))
-            layers += [nn.ConvTranspose2d(fan_in, fan_out, 3, 2, 1, output_padding=extra), activation()]  # type: ignore[arg-type]
+            # (small − 1)·s − 2p + k + extra = large: `extra` undoes the rounding of the division by s
+            extra = tuple(b - (a - 1) * stride + 2 * padding - kernel_size for a, b in zip(small, large, strict=True))
+            layers += [
+                nn.ConvTranspose2d(fan_in, fan_out, kernel_size, stride, padding, output_padding=extra),  # type: ignore[arg-type]
+                *_after(fan_out, activation, norm, dropout, images=True),
+            ]
         self.convolutions = nn.Sequential(*layers)
         self.out_features = (channels[-1], *sizes[-1])
 
@@ -181,11 +241,51 @@ def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
-def _halvings(size: tuple[int, ...], times: int) -> list[tuple[int, ...]]:
+def _padding(kernel_size: int) -> int:
+    return (kernel_size - 1) // 2
+
+
+def _sizes(where: str, size: tuple[int, ...], times: int, kernel_size: int, stride: int) -> list[tuple[int, ...]]:
+    """Height and width of an image, and those after each of so many convolutions."""
+    if not 1 <= stride <= kernel_size:  # between kernels that do not meet, pixels would be left out
+        raise ValueError(
+            f"{where}: expected 1 <= stride <= kernel_size, got kernel_size={kernel_size} and stride={stride}. Try "
+            f"kernel_size={max(3, 2 * stride - 1)}, stride={max(1, stride)}."
+        )
     sizes = [size]
     for _ in range(times):
-        sizes.append(tuple((s + 1) // 2 for s in sizes[-1]))
+        sizes.append(tuple((n + 2 * _padding(kernel_size) - kernel_size) // stride + 1 for n in sizes[-1]))
+        if min(sizes[-1]) < 1:
+            raise ValueError(
+                f"{where}: expected an image that {times} convolutions of kernel_size={kernel_size} and "
+                f"stride={stride} leave pixels of, got {size}, of which {len(sizes) - 2} leave {sizes[-2]}. Try fewer "
+                "channels, or an odd kernel_size."
+            )
     return sizes
+
+
+def _after(
+    width: int, activation: Callable[[], nn.Module], norm: str | None, dropout: float, *, images: bool = False
+) -> list[nn.Module]:
+    """What follows a linear layer or convolution: normalisation, nonlinearity, dropout."""
+    layers: list[nn.Module] = []
+    if norm == "layer":
+        layers.append(nn.GroupNorm(1, width) if images else nn.LayerNorm(width))
+    elif norm == "batch":
+        layers.append(nn.BatchNorm2d(width) if images else nn.BatchNorm1d(width))
+    layers.append(activation())
+    if dropout:
+        layers.append(nn.Dropout2d(dropout) if images else nn.Dropout(dropout))
+    return layers
+
+
+def _check_options(where: str, norm: Any, dropout: float) -> None:
+    if norm not in (None, "layer", "batch"):
+        raise ValueError(
+            f'{where}: expected norm=None, "layer" or "batch", got {norm!r}. Try "layer", or a network of your own.'
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{where}: expected 0 <= dropout < 1, a probability, got {dropout}. Try dropout=0.1.")
 
 
 def _check_shape(where: str, x: Tensor, shape: tuple[int, ...]) -> None:

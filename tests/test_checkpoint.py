@@ -72,3 +72,26 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="expected the name of a file, got that of a folder"):
         save_weights(small_vae(), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wrong_order_says_so(tmp_path):
+    vae, path = small_vae(), tmp_path / "vae.pt"
+    for tool in (save_weights, load_weights):
+        name = tool.__name__
+        with pytest.raises(TypeError, match=rf"{name}: expected \(module, path\), got \(str, VAE\)\. Try them in"):
+            tool(str(path), vae)
+        with pytest.raises(TypeError, match=rf"{name}: .*got \(method, PosixPath\)\. Try a VAE, or another module"):
+            tool(vae.model, path)
+    assert not path.exists()
+
+
+def test_weights_of_another_dtype_are_not_rounded_silently(tmp_path):
+    single, double = small_vae(), small_vae().double()
+    save_weights(double, tmp_path / "vae.pt")
+    before = {name: t.clone() for name, t in single.state_dict().items()}
+    with pytest.raises(ValueError, match=r"float32, got \(.*of float64.*Try to build .* in the dtype, as by module"):
+        load_weights(single, tmp_path / "vae.pt")
+    assert all(t.equal(before[name]) for name, t in single.state_dict().items())
+    again = small_vae().double()
+    load_weights(again, tmp_path / "vae.pt")
+    assert all(t.equal(again.state_dict()[name]) for name, t in double.state_dict().items())

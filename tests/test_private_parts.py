@@ -30,6 +30,16 @@ PARTS = [
     ("MCMC that has run", "_kwargs", "integrations: from_pyro"),
     ("MCMC that has run", "_diagnostics", "integrations: divergences in from_pyro"),
     ("MCMC that has run", "_samples", "integrations: the check that MCMC has run"),
+    ("NUTS", "_reset", "integrations: with_statistics"),
+    ("NUTS", "_build_basetree", "integrations: with_statistics, the energies of a trajectory's states"),
+    ("NUTS", "_build_tree", "integrations: with_statistics, tree depths"),
+    ("NUTS", "_kinetic_energy", "integrations: with_statistics, energies"),
+    ("NUTS", "_max_tree_depth", "integrations: with_statistics"),
+    ("NUTS", "_mean_accept_prob", "integrations: with_statistics, acceptance rates"),
+    ("NUTS", "_potential_energy_last", "integrations: with_statistics, energies"),
+    ("NUTS", "_t", "integrations: with_statistics"),
+    ("NUTS", "_warmup_steps", "integrations: with_statistics"),
+    ("NUTS", "_z_last", "integrations: with_statistics, the state that a trajectory ends in"),
     ("a masked distribution", "_mask", "pairs: masks of distributions"),
     ("a parameter of a plate", "_pyro_unconstrained_param", "pairs: parameters of single rows in fit"),
     ("a packed tensor", "_pyro_dims", "pairs: sums over discrete latents"),
@@ -65,7 +75,7 @@ PARTS = [
     ("a fused optimizer", "_step_supports_amp_scaling", "training: steps that are skipped on a GPU without a wait"),
     ("sklearn.base.ClassNamePrefixFeaturesOutMixin", "_n_features_out", "integrations: names of the columns"),
 ]
-STRINGS = {"_", "_dim_", "_plate"}  # of names that we make
+STRINGS = {"_", "_dim_", "_given_latents", "_plate"}  # of names that we make
 PUBLIC = {"_replace"}  # of named tuples
 
 
@@ -97,6 +107,7 @@ def adam(**options):
 
 INSTANCES = {
     "MCMC that has run": mcmc,
+    "NUTS": lambda: NUTS(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))),
     "a masked distribution": lambda: dist.Normal(0.0, 1.0).mask(torch.tensor(True)),
     "a parameter of a plate": parameter_of_a_plate,
     "a packed tensor": lambda: packed.pack(torch.zeros(2), {-1: "a"}),

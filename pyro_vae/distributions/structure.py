@@ -10,7 +10,7 @@ Both are made of conditional distributions, so that the same classes serve as pr
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from math import prod
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from pyro.distributions.distribution import Distribution as PyroDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, constraints
 
-__all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value"]
+__all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value", "picklable_state"]
 
 
 def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
@@ -65,12 +65,31 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
     )
 
 
-class Broadcasting(nn.Module, ABC):
+class Broadcasting(nn.Module):
     """Abstract base class of conditional distributions that tell batch from event dimensions of their inputs.
 
     The caller says how many event dimensions an input has. All dimensions to the left of these are batch dimensions,
     under any number of plates and particles.
+
+    It is not an `abc.ABC`, whose metaclass would meet that of `pyro.nn.PyroModule`: `PyroModule[ConditionalNormal]` and
+    `to_pyro_module_` work, and an instance of an abstract class is refused when it is made.
+
+    Raises:
+        TypeError: the class lacks a method that is abstract here, such as `forward`.
     """
+
+    def __init__(self) -> None:
+        cls = type(self)
+        missing = [name for name in dir(cls) if getattr(getattr(cls, name), "__isabstractmethod__", False)]
+        if missing:
+            raise TypeError(
+                f"{cls.__name__}: expected a subclass that defines {', '.join(missing)}, got one that does not. Try "
+                f"def {missing[0]}(self, …) in it, or a family of pyro_vae.distributions."
+            )
+        super().__init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable_state(self, super())
 
     @abstractmethod
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
@@ -88,6 +107,19 @@ class Broadcasting(nn.Module, ABC):
         batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
         return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]
+
+
+def picklable_state(module: nn.Module, parent: Any) -> dict[str, Any]:
+    """What `pickle` and `copy` take of a module. `pyro.param` leaves a weak reference on each parameter that is in the
+    store, which cannot be pickled and which it makes anew; it is removed, as `ParamStoreDict.get_state` does.
+
+    Args:
+        module: whose state it is.
+        parent: `super()` in its class.
+    """
+    for parameter in module.parameters():
+        vars(parameter).pop("unconstrained", None)
+    return parent.__getstate__()
 
 
 class Adapted(dist.TorchDistribution):

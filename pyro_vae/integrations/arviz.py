@@ -16,15 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from torch import Tensor
 
-from pyro_vae.evidence.log_weights import LogWeightSummary
-from pyro_vae.integrations.arviz_groups import Chunk, Dims, Groups, batch_dims
+from pyro_vae.integrations.arviz_arguments import called_with
+from pyro_vae.integrations.arviz_groups import Dims, Groups
+from pyro_vae.integrations.arviz_mcmc import MCMCRuns, put_draws, put_statistics
+from pyro_vae.integrations.arviz_svi import put_sampled
 from pyro_vae.pairs.checks import check_num_particles
-from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
@@ -39,28 +37,44 @@ def from_pyro_svi(
     guide: Callable,
     *args: Any,
     num_samples: int = 1000,
-    plate: str = "data",
+    plate: str | None = "data",
+    predictions: Any = None,
     coords: Mapping[str, Any] | None = None,
     dims: Dims | None = None,
+    stack: Mapping[str, str] | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Converts a Pyro model and guide that are trained by SVI and have their data points in a plate.
+    """Converts a Pyro model and guide that are trained by SVI.
 
-    Groups: posterior (draws of the guide), posterior_predictive (x ~ p(x|z) for each of these draws), prior,
-    prior_predictive, observed_data, log_likelihood (log p(x|z), per element of the innermost plates) and sample_stats.
-    For each draw, sample_stats has `log_p` (log p(x, z)), `log_q` (log q(z|x)) and `log_weights` (their difference).
-    For each data point, it has `log_evidence`, its `log_evidence_error`, `ess` and `pareto_k`, from importance sampling
-    with the same draws. All log-probabilities are in nats.
+    Groups:
+
+    - posterior: draws of the guide; `pyro.deterministic` sites, and latents that were reparametrised by their original
+      names; discrete latents that the guide leaves to enumeration are drawn given the others, by
+      `pyro.infer.infer_discrete`.
+    - log_likelihood: log p(x_n), with the latents of the data point integrated out by importance sampling. For each
+      draw it is estimated from all others, so that `az.loo` gives Σ log p(x_n), with the k-hats of the weights, and
+      `az.compare` compares models.
+    - sample_stats: for each draw `log_p` (log p(x, z)), `log_q` (log q(z|x)) and `log_weights` (their difference), and
+      for each observed site x `log_p_x_given_latents` (log p(x|z)), per element of the innermost plates. For each data
+      point `log_evidence`, its `log_evidence_error`, `ess` and `pareto_khat`, by importance sampling with these draws.
+    - log_prior: of each latent, in its own coordinates, for `az.psense`.
+    - posterior_predictive (x ~ p(x|z) for each draw), prior, prior_predictive, observed_data, and constant_data:
+      tensors that the model was called with, and does not observe.
+
+    All log-probabilities are in nats.
 
     Args:
         model: a Pyro model.
         guide: its guide.
         *args: what both are called with.
         num_samples: number of draws.
-        plate: name of the plate of data points.
+        plate: name of the plate of data points; None takes all data as one point, which has no log_likelihood.
+        predictions: arguments of the model with new data: a tuple, or a dict by name. Adds predictions (new data drawn
+            from the model) and predictions_constant_data.
         coords: {dimension: labels}; default 0, 1, 2, …
         dims: {site: names of its event dimensions, or of all that follow (chain, draw)}.
+        stack: {name: dimension}: the sites name_0, name_1, … of a loop become one variable, with this dimension.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -68,7 +82,7 @@ def from_pyro_svi(
         `arviz.InferenceData` on ArviZ 0.2x, `xarray.DataTree` on 1.x; one chain.
 
     Raises:
-        ValueError: as in `draw_particles`; also if `coords` or `dims` do not fit.
+        ValueError: as in `draw_particles`; also if `coords`, `dims` or `stack` do not fit.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -86,34 +100,10 @@ def from_pyro_svi(
     num_samples = check_num_particles(num_samples, "num_samples")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
     check_density(sampler.pair)
-    if sampler.pair.summed:
-        raise ValueError(
-            f"from_pyro_svi: the guide has no draws of the latent sites {sorted(sampler.pair.summed)}, which are "
-            "summed out. Try pyro.infer.infer_discrete to draw them, or a guide that draws them."
-        )
-    groups = Groups(coords, dims)
-    generative = poutine.uncondition(model)
-    points: list[tuple[Tensor, ...]] = []
+    groups = Groups(coords, dims, stack=stack)
+    groups.rows = plate
     with torch.no_grad(), evaluation_mode(model, guide):
-        all_rows, counts = sampler.chunks(num_samples)
-        with progress_bar(len(all_rows) * len(counts), "draws for ArviZ", progress) as bar:
-            for rows in all_rows:
-                summary, stop = LogWeightSummary(num_samples), 0
-                for count in counts:
-                    draws, stop = slice(stop, stop + count), stop + count
-                    put = Chunk(groups, sampler, (num_samples, sampler.num_points), (draws, rows))
-                    guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
-                    put.sites(model_trace, latent="posterior")
-                    put.sites(sampler.run(generative, count, rows, replay=guide_trace), "posterior_predictive")
-                    put.sites(sampler.run(generative, count, rows), "prior_predictive", latent="prior")
-                    put.observed(model_trace)
-                    particles = sampler.weigh(guide_trace, model_trace, count, rows)
-                    put.stats(particles)
-                    summary.update(particles.log_weight)
-                    bar.update()
-                points.append(summary.result())
-    for i, name in enumerate(("log_evidence", "log_evidence_error", "ess", "pareto_k")):
-        groups.put("sample_stats", name, torch.cat([p[i] for p in points]), [plate])
+        put_sampled(groups, sampler, num_samples, None if predictions is None else called_with(predictions), progress)
     return groups.tree()
 
 
@@ -121,21 +111,36 @@ def from_pyro_svi(
 def from_pyro(
     mcmc: Any,
     *,
+    predictions: Any = None,
     coords: Mapping[str, Any] | None = None,
     dims: Dims | None = None,
+    stack: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Any:
     """Converts a run of Pyro's MCMC, which ArviZ 1.x no longer does.
 
-    Groups: posterior (chain, draw) and sample_stats (`diverging`). The model then runs once for each draw, exactly as
-    MCMC ran it, for posterior_predictive, log_likelihood and observed_data, and for prior and prior_predictive with as
-    many draws as one chain has. A kernel that was made from a potential function has no model, and gives only the first
-    two groups.
+    The model runs once for each draw, exactly as MCMC ran it. Groups:
+
+    - posterior: latents, `pyro.deterministic` sites, and latents that were reparametrised by their original names;
+      discrete latents that MCMC summed out are drawn given the others, by `pyro.infer.infer_discrete`.
+    - sample_stats: `diverging`; `lp`, the log-joint at the draw in the unconstrained coordinates that MCMC moves in,
+      with the log-determinants of their transformations; `log_p_x_given_latents` for each observed site x, per element
+      of the innermost plates. Energy, acceptance rate, steps and tree depth are there if the kernel kept them:
+      `MCMC(with_statistics(NUTS(model)), …)`.
+    - log_likelihood: the same terms, for `az.loo`; where discrete latents of each data point are summed out,
+      log p(x_n|θ) without them. log_prior: of each latent, in its own coordinates, for `az.psense`.
+    - posterior_predictive, prior, prior_predictive (as many draws as one chain has), observed_data, and constant_data:
+      tensors that the model was called with, and does not observe.
+
+    A kernel that was made from a potential function has no model, and gives only posterior and sample_stats.
 
     Args:
         mcmc: a `pyro.infer.MCMC` after `run`.
+        predictions: arguments of the model with new data: a tuple, or a dict by name. Adds predictions (new data drawn
+            given the latents that are no data point's own) and predictions_constant_data.
         coords: {dimension: labels}; default 0, 1, 2, …
         dims: {site: names of its event dimensions, or of all that follow (chain, draw)}.
+        stack: {name: dimension}: the sites name_0, name_1, … of a loop become one variable, with this dimension.
         progress: show a progress bar, if on a terminal.
 
     Returns:
@@ -143,7 +148,8 @@ def from_pyro(
 
     Raises:
         TypeError: `mcmc` is not an MCMC run.
-        ValueError: `coords` or `dims` do not fit, or MCMC summed out a latent of the model, which then has no draws.
+        ValueError: `coords`, `dims` or `stack` do not fit; a latent that MCMC did not draw and that cannot be
+            enumerated; a site that is not in every run of the model.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -160,58 +166,18 @@ def from_pyro(
     if getattr(mcmc, "_samples", None) is None:
         raise TypeError(f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}.")
     samples = mcmc.get_samples(group_by_chain=True)
-    num_chains, num_draws = next(iter(samples.values())).shape[:2]
-    groups = Groups(coords, dims, num_chains)
-    has_model = mcmc.kernel.model is not None
-    sites = _sites(mcmc, samples) if has_model else {}
-    plates = {name: batch_dims(site) for name, site in sites.items()}
-    for name, value in samples.items():
-        groups.put("posterior", name, value.flatten(0, 1), plates.get(name, []), draws=True)
-    diverging = torch.zeros(num_chains, num_draws, dtype=torch.bool)
-    for chain, diagnostics in enumerate(mcmc._diagnostics):
-        diverging[chain, list(diagnostics.get("divergences", []))] = True
-    groups.put("sample_stats", "diverging", diverging.flatten(), [], draws=True)
-    for name, site in sites.items():
-        if site["is_observed"]:
-            groups.put("observed_data", name, site["value"], plates[name])
-    if has_model:
-        for (group, name), values in _runs_of_the_model(mcmc, samples, progress).items():
-            groups.put(group, name, torch.stack(values), plates[name], draws=True)
+    groups = Groups(coords, dims, next(iter(samples.values())).shape[0], stack)
+    put_statistics(groups, mcmc, samples)
+    with torch.no_grad():
+        if mcmc.kernel.model is None:
+            put_draws(groups, mcmc, samples)
+            return groups.tree()
+        runs, new = MCMCRuns(mcmc, samples), None if predictions is None else called_with(predictions)
+        with progress_bar(len(runs), "draws for ArviZ", progress) as bar:
+            for i in range(len(runs)):
+                runs.draw(i, new)
+                bar.update()
+    runs.put(groups)
+    if new is not None:
+        runs.put_predictions_arguments(groups, new)
     return groups.tree()
-
-
-def _sites(mcmc: Any, samples: dict[str, Tensor]) -> dict[str, dict]:
-    """The sites of the model at the first draw. Raises ValueError if MCMC has no draws of one of its latent sites."""
-    first = SetValues({name: value[0, 0] for name, value in samples.items()})
-    sites = sample_sites(poutine.trace(first(mcmc.kernel.model)).get_trace(*mcmc._args, **mcmc._kwargs))
-    unseen = [name for name, site in sites.items() if not site["is_observed"] and name not in samples]
-    if unseen:
-        raise ValueError(
-            f"from_pyro: MCMC has no draws of the latent sites {unseen}, which it summed out. Try "
-            "pyro.infer.infer_discrete to draw them, or a kernel without enumeration."
-        )
-    return sites
-
-
-def _runs_of_the_model(mcmc: Any, samples: dict[str, Tensor], progress: bool) -> dict[tuple[str, str], list[Tensor]]:
-    """{(group, site): one value per run}: the model is run with the latents of each draw, and under its prior."""
-    model, args, kwargs = mcmc.kernel.model, mcmc._args, mcmc._kwargs
-    generative = poutine.uncondition(model)
-    num_chains, num_draws = next(iter(samples.values())).shape[:2]
-    values: dict[tuple[str, str], list[Tensor]] = {}
-    with torch.no_grad(), progress_bar(num_chains * num_draws, "draws for ArviZ", progress) as bar:
-        for i in range(num_chains * num_draws):
-            draw = SetValues({name: value.flatten(0, 1)[i] for name, value in samples.items()})
-            runs = {"log_likelihood": draw(model), "posterior_predictive": draw(generative)}
-            if i < num_draws:
-                runs["prior"] = generative
-            for group, function in runs.items():
-                for name, site in sample_sites(poutine.trace(function).get_trace(*args, **kwargs)).items():
-                    observed = site["is_observed"] or site["infer"].get("was_observed")
-                    if group == "prior":
-                        values.setdefault(("prior_predictive" if observed else "prior", name), []).append(site["value"])
-                    elif observed:
-                        value = site_log_prob(site) if group == "log_likelihood" else site["value"]
-                        values.setdefault((group, name), []).append(value)
-            bar.update()
-    return values

@@ -1,12 +1,14 @@
 """What `from_pyro` and `from_pyro_svi` share: arrays by group and variable become an `InferenceData` or `DataTree`.
 
-`Groups` collects arrays ([draws], *batch, *event) with the names of their dimensions. `Chunk` puts the traces of some
-particles × rows at their place in these arrays.
+`Groups` collects arrays ([draws], *batch, *event) with the names of their dimensions, and stacks those that are the
+steps of one variable.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,31 +16,77 @@ import arviz
 import numpy as np
 import pyro
 import xarray as xr
-from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
-from pyro_vae.particles.particles import Particles
-from pyro_vae.particles.sampler import ParticleSampler
-
-__all__ = ["Chunk", "Dims", "Groups", "batch_dims"]
+__all__ = ["Dims", "Groups"]
 
 Dims = Mapping[str, Sequence[str]]
 
+CONDITIONAL = "conditional"  # log p(x|z) of the observed sites by their names, which becomes part of sample_stats
+GROUPS = (
+    "posterior",
+    "posterior_predictive",
+    "predictions",
+    "log_likelihood",
+    "log_prior",
+    "sample_stats",
+    CONDITIONAL,
+    "prior",
+    "prior_predictive",
+    "observed_data",
+    "constant_data",
+    "predictions_constant_data",
+)
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """An array ([draws], *batch, *event).
+
+    Attributes:
+        array: the values.
+        batch: names of the batch dimensions; None for one that has none.
+        draws: whether the first dimension is that of the draws.
+        steps: of a stacked variable, the labels of its last batch dimension.
+    """
+
+    array: np.ndarray
+    batch: tuple[str | None, ...]
+    draws: bool
+    steps: tuple[int, ...] = ()
+
 
 class Groups:
-    """Collects arrays by group and variable, with the names of their dimensions, and makes a tree of them."""
+    """Collects arrays by group and variable, with the names of their dimensions, and makes a tree of them.
 
-    def __init__(self, coords: Mapping[str, Any] | None, dims: Dims | None, num_chains: int = 1) -> None:
-        self.coords, self.dims, self.num_chains = coords or {}, dims or {}, num_chains
-        self._known: dict[str, list[str]] = {}
-        self._arrays: dict[str, dict[str, tuple[np.ndarray, list[str], bool]]] = {group: {} for group in _GROUPS}
+    Args:
+        coords: {dimension: labels}.
+        dims: {variable: names of its event dimensions, or of all that follow (chain, draw)}.
+        num_chains: chains that the draws consist of.
+        stack: {name: dimension}: variables name_0, name_1, … become one, with this dimension after those of plates.
+
+    Attributes:
+        attributes: {group: what it has besides those of all groups}.
+        rows: the dimension of the data points, which are others in predictions, and have no labels there.
+    """
+
+    def __init__(
+        self,
+        coords: Mapping[str, Any] | None,
+        dims: Dims | None,
+        num_chains: int = 1,
+        stack: Mapping[str, str] | None = None,
+    ) -> None:
+        self.coords, self.dims, self.num_chains, self.stack = coords or {}, dims or {}, num_chains, stack or {}
+        self.attributes: dict[str, dict[str, Any]] = {}
+        self.rows: str | None = None
+        self._arrays: dict[str, dict[str, _Variable]] = {group: {} for group in GROUPS}
 
     def put(
         self,
         group: str,
         name: str,
-        value: Tensor,
+        value: Tensor | np.ndarray,
         batch: Sequence[str | None],
         *,
         draws: bool = False,
@@ -46,28 +94,16 @@ class Groups:
         size: tuple[int, ...] = (),
     ) -> None:
         """Stores a variable ([draws], *batch, *event), or a part of it, at the slices `at` of an array of `size`."""
-        array: np.ndarray = value.detach().cpu().numpy()
+        array: np.ndarray = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         if at is not None:
             part, known = array, self._arrays[group].get(name)
-            array = np.empty((*size, *part.shape[len(size) :]), part.dtype) if known is None else known[0]
+            array = np.empty((*size, *part.shape[len(size) :]), part.dtype) if known is None else known.array
             array[at] = part
-        names = self._names(name, array.ndim - draws, batch)
-        self._arrays[group][name] = array, names, draws
+        self._arrays[group][name] = _Variable(array, tuple(batch), draws)
 
-    def _names(self, name: str, ndim: int, batch: Sequence[str | None]) -> list[str]:
-        """The names of a variable's dimensions, the same in every group. Its log-likelihood has only the first ones."""
-        if name not in self._known:
-            automatic = [f"{name}_dim_{i}" for i in range(ndim)]
-            names = [given or automatic[i] for i, given in enumerate(batch)] + automatic[: ndim - len(batch)]
-            given, event = list(self.dims.get(name, ())), ndim - len(batch)
-            if given and len(given) not in (ndim, event):
-                raise ValueError(
-                    f"dims[{name!r}]: expected {event} names for the event dimensions, or {ndim} for all that follow "
-                    f"(chain, draw), got {given}."
-                )
-            names[ndim - len(given) :] = given
-            self._known[name] = [f"{n}_plate" if n == name else n for n in names]
-        return self._known[name][:ndim]
+    def get(self, group: str, name: str) -> np.ndarray:
+        """The array of a variable as it was put."""
+        return self._arrays[group][name].array
 
     def tree(self) -> Any:
         """An `arviz.InferenceData` with ArviZ 0.2x, an `xarray.DataTree` with ArviZ 1.x."""
@@ -77,10 +113,15 @@ class Groups:
             "inference_library": "pyro-ppl",
             "inference_library_version": pyro.__version__,
         }
+        arrays = self._stacked()
+        names = _dimensions(arrays, self.dims)
+        for name, variable in arrays.pop(CONDITIONAL).items():
+            of_stats = f"log_p_{name}_given_latents"
+            arrays["sample_stats"][of_stats], names[of_stats] = variable, names[name]
         datasets = {
-            group: self._dataset(group, arrays).assign_attrs(attributes)
-            for group, arrays in self._arrays.items()
-            if arrays
+            group: self._dataset(group, variables, names).assign_attrs(attributes | self.attributes.get(group, {}))
+            for group, variables in arrays.items()
+            if variables
         }
         for what, given, known in (
             ("dims", self.dims, {name for d in datasets.values() for name in d.data_vars}),
@@ -92,14 +133,38 @@ class Groups:
             return arviz.InferenceData(**datasets)
         return xr.DataTree.from_dict(datasets)
 
-    def _dataset(self, group: str, arrays: dict[str, tuple[np.ndarray, list[str], bool]]) -> xr.Dataset:
+    def _stacked(self) -> dict[str, dict[str, _Variable]]:
+        found = {group: dict(variables) for group, variables in self._arrays.items()}
+        for name, dim in self.stack.items():
+            steps = {group: _steps(name, variables) for group, variables in found.items()}
+            if not any(steps.values()):
+                known = sorted({variable for variables in found.values() for variable in variables})
+                raise ValueError(f"stack[{name!r}]: expected variables {name}_0, {name}_1, …, got only {known}.")
+            for group, of_group in steps.items():
+                if of_group:
+                    parts = {step: found[group].pop(own) for step, own in of_group.items()}
+                    found[group][name] = _stack(name, dim, parts)
+        return found
+
+    def _dataset(self, group: str, arrays: dict[str, _Variable], known: dict[str, list[str]]) -> xr.Dataset:
         chains = 1 if group.startswith("prior") else self.num_chains
-        variables, coords = {}, {}
-        for name, (array, names, draws) in arrays.items():
-            for dim, size in zip(names, array.shape[draws:], strict=True):
-                coords[dim] = np.asarray(self.coords.get(dim, np.arange(size)))
-                if coords[dim].shape != (size,):
-                    raise ValueError(f"coords[{dim!r}]: expected {size} labels, got {coords[dim].shape}.")
+        variables: dict[str, Any] = {}
+        coords: dict[str, np.ndarray] = {}
+        for name, variable in arrays.items():
+            array, draws = variable.array, variable.draws
+            names = known[name][: array.ndim - draws]
+            for i, (dim, size) in enumerate(zip(names, array.shape[draws:], strict=True)):
+                steps = variable.steps if i == len(variable.batch) - 1 else ()
+                given = None if group.startswith("predictions") and dim == self.rows else self.coords.get(dim)
+                labels = np.asarray(given if given is not None else steps or np.arange(size))
+                if labels.shape != (size,):
+                    raise ValueError(f"coords[{dim!r}]: expected {size} labels, got {labels.shape}.")
+                if not np.array_equal(coords.setdefault(dim, labels), labels):
+                    raise ValueError(
+                        f"dimension {dim!r} of {group}: {name!r} has {size} labels from {labels[0]} to {labels[-1]}, "
+                        f"another variable has {len(coords[dim])} from {coords[dim][0]} to {coords[dim][-1]}. Try "
+                        "another name for one of them, in `dims` or `stack`."
+                    )
             if draws:
                 array = array.reshape(chains, -1, *array.shape[1:])
                 names = ["chain", "draw", *names]
@@ -108,57 +173,52 @@ class Groups:
         return xr.Dataset(variables, coords)
 
 
-class Chunk:
-    """Aligns the sites of traces that ran under the particle plate, and stores them at their draws and rows."""
-
-    def __init__(
-        self, groups: Groups, sampler: ParticleSampler, size: tuple[int, int], at: tuple[slice, slice]
-    ) -> None:
-        self.groups, self.sampler, self.size, self.at = groups, sampler, size, at
-
-    def draws(self, group: str, name: str, value: Tensor, batch: list[str]) -> None:
-        """Stores a variable that has a value for each draw."""
-        self.groups.put(group, name, value, batch, draws=True, at=self.at, size=self.size)
-
-    def sites(self, trace: poutine.Trace, predictive: str | None = None, *, latent: str | None = None) -> None:
-        """Stores sites that were observed before `uncondition` in group `predictive`, others in `latent`, if given."""
-        for name, site in sample_sites(trace).items():
-            group = predictive if site["infer"].get("was_observed") else None if site["is_observed"] else latent
-            if group is not None:
-                self.draws(group, name, self.sampler.layout.align(site, self.at[1]), self.sampler.layout.plates(site))
-
-    def observed(self, model_trace: poutine.Trace) -> None:
-        """Stores the log-likelihood and the data of each observed site."""
-        for name, site in sample_sites(model_trace).items():
-            if site["is_observed"]:
-                batch, rows = self.sampler.layout.plates(site), self.at[1]
-                self.draws(
-                    "log_likelihood", name, self.sampler.layout.align(site, rows, value=site_log_prob(site)), batch
-                )
-                value = self.sampler.layout.align(site, rows)[0]
-                self.groups.put("observed_data", name, value, batch, at=(rows,), size=self.size[1:])
-
-    def stats(self, particles: Particles) -> None:
-        """Stores log p(x, z), log q(z|x) and the log-weight of each draw."""
-        batch = [self.sampler.layout.plate]
-        self.draws("sample_stats", "log_p", particles.log_prior + particles.log_likelihood, batch)
-        self.draws("sample_stats", "log_q", particles.log_posterior, batch)
-        self.draws("sample_stats", "log_weights", particles.log_weight, batch)
+def _steps(name: str, variables: Mapping[str, _Variable]) -> dict[int, str]:
+    """{step: variable} of those that are called name_0, name_1, …, by their numbers."""
+    matches = ((re.fullmatch(rf"{re.escape(name)}_?(\d+)", variable), variable) for variable in variables)
+    pairs = [(int(match[1]), variable) for match, variable in matches if match]
+    if len({step for step, _ in pairs}) < len(pairs) or (pairs and name in variables):
+        raise ValueError(f"stack[{name!r}]: two variables for one step among {sorted(variables)}.")
+    return dict(sorted(pairs))
 
 
-_GROUPS = (
-    "posterior",
-    "posterior_predictive",
-    "log_likelihood",
-    "sample_stats",
-    "prior",
-    "prior_predictive",
-    "observed_data",
-)
+def _stack(name: str, dim: str, parts: dict[int, _Variable]) -> _Variable:
+    shapes = {step: part.array.shape for step, part in parts.items()}
+    first = next(iter(parts.values()))
+    batch, draws = first.batch, first.draws
+    if len(set(shapes.values())) > 1 or len({part.batch for part in parts.values()}) > 1:
+        raise ValueError(
+            f"stack[{name!r}]: expected the same shape in all steps, got {shapes}. Try to leave it out of `stack`, or "
+            "to sample the largest shape each time and to mask what does not exist."
+        )
+    array = np.stack([part.array for part in parts.values()], axis=draws + len(batch))
+    return replace(first, array=array, batch=(*batch, dim), steps=tuple(parts))
 
 
-def batch_dims(site: dict) -> list[str | None]:
-    """The name of each batch dimension of a site's value, from its plates."""
-    batch = site["value"].dim() - len(site["fn"].event_shape)
-    names = {f.dim: f.name for f in site["cond_indep_stack"]}
-    return [names.get(dim) for dim in range(-batch, 0)]
+def _dimensions(arrays: Mapping[str, Mapping[str, _Variable]], dims: Dims) -> dict[str, list[str]]:
+    """The names of each variable's dimensions, the same in every group. Its log-probabilities have the first ones."""
+    longest: dict[str, _Variable] = {}
+    for variables in arrays.values():
+        for name, variable in variables.items():
+            if name not in longest or _rank(variable) > _rank(longest[name]):
+                longest[name] = variable
+    return {
+        name: _names(name, _rank(variable), variable.batch, dims.get(name, ())) for name, variable in longest.items()
+    }
+
+
+def _rank(variable: _Variable) -> int:
+    return variable.array.ndim - variable.draws
+
+
+def _names(name: str, ndim: int, batch: Sequence[str | None], given: Sequence[str]) -> list[str]:
+    unnamed = iter(f"{name}_dim_{i}" for i in range(ndim))
+    names = [known or next(unnamed) for known in (*batch, *[None] * (ndim - len(batch)))]
+    event = ndim - len(batch)
+    if given and len(given) not in (ndim, event):
+        raise ValueError(
+            f"dims[{name!r}]: expected {event} names for the event dimensions, or {ndim} for all that follow "
+            f"(chain, draw), got {list(given)}."
+        )
+    names[ndim - len(given) :] = given
+    return [f"{n}_plate" if n == name else n for n in names]

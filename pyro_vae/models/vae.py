@@ -3,29 +3,38 @@ r"""The variational autoencoder: three conditional distributions become a Pyro m
     model: z ~ p(z), x ~ p(x|z)        guide: z ~ q(z|x)        in plate "data", with sites "z" and "x"
 
 (Kingma & Welling 2014, *Auto-Encoding Variational Bayes*; Rezende, Mohamed & Wierstra 2014.) Both are plain Pyro
-functions: everything that takes a (model, guide) pair also takes `vae.model, vae.guide`.
+functions: everything that takes a (model, guide) pair also takes `vae.model, vae.guide`. Inside a larger model stand
+`vae.sample_model` and `vae.sample_guide`, the same sites in the caller's plate, or `vae.likelihood_given(z)` and
+`vae.posterior_given(x)`, the distributions alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.util import is_validation_enabled
-from torch import Tensor, nn
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor, nn
 
-from pyro_vae.distributions.structure import condition, expected_value
-from pyro_vae.models.registration import condition_registered, store_name
-from pyro_vae.pairs.checks import check_support
+from pyro_vae.distributions.structure import picklable_state
+from pyro_vae.models.inputs import (
+    ROWS_AT_ONCE,
+    check_contexts,
+    check_posterior,
+    data_plate,
+    event_dims_of,
+    event_dims_of_rows,
+    in_chunks,
+    value_of,
+)
+from pyro_vae.models.registration import Declared, random_attributes
+from pyro_vae.models.sites import declared, latent_shape, model_sites, posterior_of
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["VAE"]
-
-ROWS_AT_ONCE = 4096  # rows in one pass of generate, reconstruct and similar
 
 
 class VAE(nn.Module):
@@ -37,8 +46,9 @@ class VAE(nn.Module):
 
     When the model or guide runs, it registers its weights with Pyro as `name$$$role.parameter`, so that
     `pyro.infer.SVI` trains them. A second VAE with the same name gets its own name there ("vae_2"), so that two VAEs
-    never share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Save weights with
-    `pyro_vae.checkpoint.save_weights`, because parameters in Pyro's store cannot be pickled.
+    never share weights. Frozen parameters (`requires_grad_(False)`) stay frozen. Weights may be random: those that
+    `pyro.poutine.lift` or `pyro.nn.PyroSample` gives a prior are latents outside of all plates, one set for all rows.
+    `torch.save` and `pickle` take a VAE; `pyro_vae.checkpoint.save_weights` writes the weights alone.
 
     Args:
         prior: p(z), called without arguments, or a fixed distribution.
@@ -56,6 +66,21 @@ class VAE(nn.Module):
         ... )
         >>> vae.generate(3).shape, vae.encode(torch.zeros(5, 8, 8)).mean.shape
         (torch.Size([3, 8, 8]), torch.Size([5, 2]))
+
+        A Bayesian decoder, w ~ N(0, 1), with a Normal guide for its weights and the encoder for the codes:
+
+        >>> import pyro.distributions as dist
+        >>> from pyro import poutine
+        >>> from pyro.infer.autoguide import AutoNormal
+        >>> weights = {f"likelihood.{name}": w for name, w in vae.likelihood.named_parameters()}
+        >>> priors = {name: dist.Normal(0.0, 1.0).expand(w.shape).to_event(w.dim()) for name, w in weights.items()}
+        >>> model = poutine.lift(vae.model, priors)
+        >>> guide_of_weights = AutoNormal(poutine.block(model, hide=["z", "x", "data"]))
+        >>> def guide(x, total=None):
+        ...     guide_of_weights(x, total=total)
+        ...     vae.guide(x, total=total)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> loss = svi.step(torch.zeros(5, 8, 8), total=100)  # a mini-batch of 5 of 100 rows
     """
 
     def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
@@ -63,17 +88,22 @@ class VAE(nn.Module):
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.name = name
         self._registered = name  # the name in the parameter store
-        self._shape_of: tuple[Any, torch.Size] | None = None
+        self._shape_of: tuple[Any, Size] | None = None
+        self._frozen = False
 
     # -- the two Pyro functions ---------------------------------------------------------------------------------------
 
-    def model(self, x: Tensor | None = None, *context: Tensor, size: int | None = None) -> Tensor:
+    def model(
+        self, x: Tensor | None = None, *context: Tensor, size: int | None = None, total: int | None = None
+    ) -> Tensor:
         """z ~ p(z), x ~ p(x|z, c) in plate "data". It observes `x`, or generates `size` rows if `x` is None.
 
         Args:
             x: (N, *event), or None.
             *context: c, each (N, *event).
             size: number of rows to generate without x; default: as many as the context has, or one.
+            total: number of rows of all data, of which these are a mini-batch: log-probabilities in the plate are
+                scaled by total / N, those of random weights are not. The guide gets the same. Default: these are all.
 
         Returns:
             x, (N, *event).
@@ -81,48 +111,157 @@ class VAE(nn.Module):
         rows = x if x is not None else context[0] if context else None
         if size is None:
             size = 1 if rows is None else len(rows)
-        with pyro.plate("data", size):
-            p_z = self._condition("prior")
-            z = pyro.sample("z", p_z)
-            dims = [p_z.event_dim, *_event_dims(*context)]
-            p_x = self._condition("likelihood", z, *context, event_dims=dims)
-            if x is not None:
-                self._check(p_x, x)
-            return pyro.sample("x", p_x, obs=x)
+        check_contexts("model", size, *context)
+        dims = event_dims_of_rows(*context) if x is None else event_dims_of_rows(x, *context)
+        with data_plate(size, total):
+            return model_sites(self, x, context, dims)[1]
 
-    def guide(self, x: Tensor, *context: Tensor) -> Tensor:
-        """z ~ q(z|x, c) in plate "data", for x and c as in `model`. Returns z, (N, *event)."""
-        with pyro.plate("data", len(x)):
-            try:
-                q_z = self._condition("posterior", x, *context, event_dims=_event_dims(x, *context))
-            except ValueError as error:
-                if not x.isnan().any():
-                    raise
-                raise ValueError(
-                    "posterior: its network cannot take rows with missing values (NaN). Try MaskedInput(network), with "
-                    "a network for inputs of twice the width, which sees which elements are missing."
-                ) from error
-            self._check_posterior(q_z, x)
-            return pyro.sample("z", q_z)
+    def guide(self, x: Tensor, *context: Tensor, total: int | None = None) -> Tensor:
+        """z ~ q(z|x, c) in plate "data", for x, c and total as in `model`. Returns z, (N, *event)."""
+        dims = event_dims_of_rows(x, *context)
+        check_contexts("guide", len(x), *context)
+        with data_plate(len(x), total):
+            return pyro.sample("z", posterior_of(self, x, context, dims))
+
+    # -- inside another model -----------------------------------------------------------------------------------------
+
+    def sample_model(
+        self, x: Tensor | None = None, *context: Tensor, prior: TorchDistribution | None = None, prefix: str = ""
+    ) -> Tensor:
+        """The sites of `model` in the plates of a larger model: z ~ prior, x ~ p(x|z, c).
+
+        Weights are declared outside of the plates that are open, so that they stay one set for all rows.
+
+        Args:
+            x: (*plates, *event), which it observes; None draws x.
+            *context: c, each (*plates, *event).
+            prior: the distribution of z instead of p(z), with the event shape of p(z), such as one with means of
+                groups, a mixture or a regression.
+            prefix: of the names of the sites, `prefix + "z"` and `prefix + "x"`, where a model has several VAEs.
+
+        Returns:
+            z, (*plates, *event).
+
+        Example:
+            >>> import pyro.distributions as dist
+            >>> from pyro_vae.distributions import ConditionalNormal, StandardNormal
+            >>> from pyro_vae.networks import MLP
+            >>> vae = VAE(StandardNormal(2), ConditionalNormal(MLP(2, []), 8), ConditionalNormal(MLP(8, []), 2))
+            >>> def model(x, y, group):  # groups have means of their own, and z predicts y
+            ...     means = pyro.sample("means", dist.Normal(0.0, 1.0).expand([3, 2]).to_event(2))
+            ...     slope = pyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            ...     with pyro.plate("data", len(x)):
+            ...         z = vae.sample_model(x, prior=dist.Normal(means[..., group, :], 1.0).to_event(1))
+            ...         pyro.sample("y", dist.Normal(z @ slope, 1.0), obs=y)
+            >>> globals_only = pyro.poutine.block(model, hide=["z", "x", "y", "data"])
+            >>> guide_of_globals = pyro.infer.autoguide.AutoNormal(globals_only)
+            >>> def guide(x, y, group):
+            ...     guide_of_globals(x, y, group)
+            ...     with pyro.plate("data", len(x)):
+            ...         vae.sample_guide(x)
+            >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+            >>> loss = svi.step(torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 0, 1]))
+        """
+        dims = event_dims_of_rows(*context) if x is None else event_dims_of(self.likelihood, x, *context)
+        return model_sites(self, x, context, dims, prior, prefix)[0]
+
+    def sample_guide(self, x: Tensor, *context: Tensor, prefix: str = "") -> Tensor:
+        """The site of `guide` in the plates of a larger guide: z ~ q(z|x, c), for arguments as in `sample_model`.
+
+        Returns:
+            z, (*plates, *event).
+        """
+        return pyro.sample(f"{prefix}z", self.posterior_given(x, *context))
+
+    def likelihood_given(self, z: Tensor, *context: Tensor) -> TorchDistribution:
+        """p(x|z, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger model.
+
+        Args:
+            z: (*batch, *event), under any number of plates.
+            *context: c, each (N, *event).
+
+        Returns:
+            A distribution with batch shape (*batch,).
+        """
+        return declared(self, "likelihood")(
+            z, *context, event_dims=[len(latent_shape(self)), *event_dims_of_rows(*context)]
+        )
+
+    def posterior_given(self, x: Tensor, *context: Tensor) -> TorchDistribution:
+        """q(z|x, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger guide.
+
+        Args:
+            x: (*plates, *event).
+            *context: c, each (*plates, *event).
+
+        Returns:
+            A distribution with batch shape (*plates,).
+        """
+        return posterior_of(self, x, context, event_dims_of(self.likelihood, x, *context))
+
+    def frozen(self) -> VAE:
+        """A copy that no longer learns, for a larger model: a trained decoder as a prior (PriorVAE).
+
+        Its weights are fixed and not in Pyro's parameter store, it stays in evaluation mode, and it can be pickled, so
+        that NUTS runs over a model with it in several chains. What a function in a role uses is not copied.
+
+        Raises:
+            ValueError: weights are random (`PyroSample`).
+
+        References:
+            Semenova et al. (2022), PriorVAE: encoding spatial priors with variational autoencoders.
+
+        Example:
+            >>> import pyro.distributions as dist
+            >>> from pyro_vae.distributions import ConditionalNormal, StandardNormal
+            >>> from pyro_vae.networks import MLP
+            >>> vae = VAE(StandardNormal(2), ConditionalNormal(MLP(2, []), 8), ConditionalNormal(MLP(8, []), 2))
+            >>> decoder = vae.frozen()  # after training on draws of a process at 8 places
+            >>> def model(y, places):  # observed at some of them
+            ...     z = pyro.sample("z", decoder.prior())
+            ...     f = pyro.deterministic("f", decoder.likelihood_given(z).mean)
+            ...     pyro.sample("y", dist.Normal(f[places], 0.1).to_event(1), obs=y)
+            >>> mcmc = pyro.infer.MCMC(
+            ...     pyro.infer.NUTS(model), num_samples=5, warmup_steps=5, num_chains=1, disable_progbar=True
+            ... )
+            >>> mcmc.run(torch.zeros(3), torch.tensor([0, 2, 5]))
+            >>> mcmc.get_samples()["z"].shape
+            torch.Size([5, 2])
+        """
+        random = [name for part in self.children() for _, name in random_attributes(part)]
+        if random:
+            raise ValueError(
+                f"frozen: expected weights that are fixed, got a PyroSample, {random[0]!r}. Try to set it to a "
+                "parameter, such as the mean of its posterior."
+            )
+        frozen = copy.deepcopy(self).requires_grad_(False)
+        frozen._frozen = True
+        return frozen.eval()
+
+    def train(self, mode: bool = True) -> VAE:
+        """Sets training mode, as in `nn.Module`; what `frozen` returned stays in evaluation mode."""
+        return super().train(mode and not self._frozen)
 
     # -- without gradients, in evaluation mode, for any number of rows ------------------------------------------------
 
     @one_thread
     @torch.no_grad()
-    def encode(self, x: Tensor, *context: Tensor) -> Any:
+    def encode(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c): a distribution with batch shape (N,)."""
         with evaluation_mode():
-            q_z = condition(self.posterior, x, *context, event_dims=_event_dims(x, *context), role="posterior")
-            self._check_posterior(q_z, x)
+            dims = event_dims_of_rows(x, *context)
+            check_contexts("encode", len(x), *context)
+            q_z = Declared(self.posterior, "posterior")(x, *context, event_dims=dims)
+            check_posterior(q_z, latent_shape(self), x.shape[:1])
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
     @one_thread
     @torch.no_grad()
-    def decode(self, z: Tensor, *context: Tensor) -> Any:
+    def decode(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
         with evaluation_mode():
-            dims = [len(self._latent_shape()), *_event_dims(*context)]
-            return condition(self.likelihood, z, *context, event_dims=dims, role="likelihood")
+            dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
+            return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
 
     @one_thread
     def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
@@ -141,15 +280,16 @@ class VAE(nn.Module):
                 f"generate: expected an int or None as size, got {type(size).__name__}. Try generate(None, c)."
             )
         size = size if size is not None else len(context[0]) if context else 1
+        check_contexts("generate", size, *context)
 
         def rows(start: int, stop: int) -> Tensor:
             with torch.no_grad(), evaluation_mode():
-                p_z = condition(self.prior, role="prior")
-                return _value(
+                p_z = Declared(self.prior, "prior")()
+                return value_of(
                     self.decode(p_z.expand((stop - start,)).sample(), *(c[start:stop] for c in context)), mean
                 )
 
-        return _in_chunks(rows, size)
+        return in_chunks(rows, size)
 
     @one_thread
     def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False) -> Tensor:
@@ -164,13 +304,14 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
+        check_contexts("reconstruct", len(x), *context)
 
         def rows(start: int, stop: int) -> Tensor:
             c = [c[start:stop] for c in context]
-            z = _value(self.encode(x[start:stop], *c), mean)
-            return _value(self.decode(z, *c), mean)
+            z = value_of(self.encode(x[start:stop], *c), mean)
+            return value_of(self.decode(z, *c), mean)
 
-        return _in_chunks(rows, len(x))
+        return in_chunks(rows, len(x))
 
     @one_thread
     def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
@@ -185,72 +326,17 @@ class VAE(nn.Module):
         Returns:
             (size, N, *event).
         """
-
         if size < 1:
             raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
+        check_contexts("similar", len(x), *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
 
         def rows(start: int, stop: int) -> Tensor:
             c = [c[start:stop] for c in context]
             q_z = self.encode(x[start:stop], *c)
-            return torch.cat([_value(self.decode(q_z.sample((s,)), *c), mean) for s in draws]).movedim(0, 1)
+            return torch.cat([value_of(self.decode(q_z.sample((s,)), *c), mean) for s in draws]).movedim(0, 1)
 
-        return _in_chunks(rows, len(x), size).movedim(1, 0)
+        return in_chunks(rows, len(x), size).movedim(1, 0)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _latent_shape(self) -> torch.Size:
-        """The event shape of z, from the prior."""
-        if self._shape_of is None or self._shape_of[0] is not self.prior:
-            with poutine.block(), torch.no_grad():
-                self._shape_of = self.prior, condition(self.prior, role="prior").event_shape
-        return self._shape_of[1]
-
-    def _check_posterior(self, q_z: Any, x: Tensor) -> None:
-        if q_z.event_shape != self._latent_shape():
-            _mismatch("posterior", q_z, f"event shape {tuple(self._latent_shape())}, that of the prior")
-        if q_z.batch_shape not in (x.shape[:1], torch.Size()):
-            _mismatch("posterior", q_z, f"batch shape {tuple(x.shape[:1])}, one distribution for each row")
-
-    def _check(self, p_x: Any, x: Tensor) -> None:
-        if p_x.event_shape != x.shape[1:]:
-            _mismatch("likelihood", p_x, f"event shape {tuple(x.shape[1:])}, that of a row of the data")
-        if is_validation_enabled():
-            check_support("x", {"fn": p_x, "value": x, "mask": None})
-
-    def _condition(self, role: str, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
-        """The distribution in this role given `inputs`, with its parameters registered with Pyro."""
-        parts = {"prior": self.prior, "likelihood": self.likelihood, "posterior": self.posterior}
-        name = store_name(parts, role, self._registered, self.name)
-        if name != self._registered:
-            self._registered = name
-        return condition_registered(parts, role, name, *inputs, event_dims=event_dims)
-
-
-def _event_dims(*rows: Tensor) -> list[int]:
-    """The number of event dimensions of each tensor of rows."""
-    for x in rows:
-        if not isinstance(x, Tensor) or not x.dim():
-            got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"VAE: expected tensors of rows, (N, *event), got {got}. Try torch.as_tensor(x).float().")
-    return [x.dim() - 1 for x in rows]
-
-
-def _value(distribution: Any, mean: bool) -> Tensor:
-    value = expected_value(distribution) if mean else None
-    return distribution.sample() if value is None else value
-
-
-def _in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
-    if size < 1:
-        raise ValueError(f"expected at least one row of data, or one to generate, got {size}.")
-    at_once = max(1, ROWS_AT_ONCE // draws)
-    return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
-
-
-def _mismatch(role: str, distribution: Any, expected: str) -> None:
-    raise ValueError(
-        f"{role}: expected {expected}, got event shape {tuple(distribution.event_shape)} and batch shape "
-        f"{tuple(distribution.batch_shape)}. Try .to_event({max(1, len(distribution.batch_shape) - 1)}) on the "
-        "distribution, or another event_shape."
-    )
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable_state(self, super())

@@ -18,21 +18,28 @@ from pyro_vae.objectives.protocol import annealed
 from pyro_vae.pairs.look import look
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.untouched import Untouched
 from pyro_vae.training.data import Batch, Batches
+from pyro_vae.training.plates import warn_of_globals
+from pyro_vae.training.rows import check_parameters_of_rows
 
 __all__ = ["check_data", "diagnosis", "look_at", "try_out", "warn_of_collapse", "warn_of_objective"]
 
 
-def look_at(model: Callable, guide: Callable, batches: Batches, plate: str) -> Pair:
+def look_at(model: Callable, guide: Callable, batches: Batches, validation: Batches | None, plate: str) -> Pair:
     """Looks at a pair with the first batch; an error of model or guide gets a note on what the data may have to do with
-    it."""
-    inputs = next(iter(batches)).inputs
-    try:
-        pair = Pair(model, guide, inputs, plate=plate, cut=False)
-        _ = pair.participants
-    except Exception as error:
-        batches.explain(error)
-        raise
+    it. A pair that is refused is left as it was: what it set up for that batch does not stay."""
+    batch = batches.first()
+    with Untouched(model, guide) as untouched:
+        try:
+            pair = Pair(model, guide, batch.args, batch.kwargs, plate=plate, cut=False)
+            _ = pair.participants
+        except Exception as error:
+            batches.explain(error)
+            raise
+        check_parameters_of_rows(pair, batch, batches, validation)
+        untouched.keep = True
+    warn_of_globals(pair, batches, batch.size)
     return pair
 
 
@@ -44,11 +51,11 @@ def try_out(pair: Pair, batches: Batches) -> None:
     """
     if not batches.columns:
         return
-    inputs = next(iter(batches)).inputs
+    batch = batches.first()
     try:
-        look(pair.model, pair.guide, inputs, {})
+        look(pair.model, pair.guide, batch.args, batch.kwargs)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        got = ", ".join(str(tuple(x.shape[1:])) for x in inputs)
+        got = ", ".join(str(tuple(x.shape[1:])) for x in (*batch.args, *batch.kwargs.values()))
         refusal = ValueError(
             f"{batches.name}: expected rows that model and guide take as they take those of data, got rows of "
             f"shape {got}. Try data prepared in the same way. The error was: {error}"
@@ -59,12 +66,14 @@ def try_out(pair: Pair, batches: Batches) -> None:
 
 def check_data(pair: Pair, batches: Batches) -> None:
     """Raises ValueError for rows that are not finite, and for observed columns with values outside of the support."""
-    arguments = pair.look.model.nodes["_INPUT"]["args"]
+    given = pair.look.model.nodes["_INPUT"]
+    arguments = dict(enumerate(given["args"])) | given["kwargs"]
+    columns = {key: column for column, key in enumerate(batches.keys)}
     observed = [
-        (column, name, site)
+        (columns[key], name, site)
         for name, site in sample_sites(pair.look.model).items()
-        for column, x in enumerate(arguments)
-        if site["is_observed"] and x is site["value"]
+        for key, x in arguments.items()
+        if key in columns and site["is_observed"] and x is site["value"]
     ]
     batches.check({column for column, _, site in observed if ignores_missing(site["fn"])})
     for column, name, site in observed:
@@ -74,8 +83,8 @@ def check_data(pair: Pair, batches: Batches) -> None:
 def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) -> str:
     """Says where a loss or gradient stopped being finite, by running the step's traces again."""
     with torch.no_grad(), pyro.validation_enabled(False):
-        guide = poutine.trace(pair.guide).get_trace(*batch.inputs)
-        model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(*batch.inputs)
+        guide = poutine.trace(pair.guide).get_trace(*batch.args, **batch.kwargs)
+        model = poutine.trace(poutine.replay(pair.model, guide)).get_trace(*batch.args, **batch.kwargs)
         found = _first_bad_site(pair, batch, (("guide", guide), ("model", model)))
     what = f"loss {value.item():.4g}"
     if torch.isfinite(value):
@@ -108,7 +117,7 @@ def _first_bad_site(pair: Pair, batch: Batch, traces: Any) -> str | None:
 
 def warn_of_collapse(pair: Pair) -> None:
     """Warns of a Normal or Student-t likelihood whose scale has shrunk below a thousandth of the data's spread."""
-    sites = sample_sites(look(pair.model, pair.guide, pair.args, {}).model)
+    sites = sample_sites(look(pair.model, pair.guide, pair.args, pair.kwargs).model)
     for name, site in sites.items():
         elements = complete(site["fn"])
         while isinstance(elements, Independent):

@@ -178,7 +178,7 @@ def _prepare(
 ) -> tuple[Pair, Weights]:
     """Looks at the pair, moves its weights and the data to where it trains, and checks all rows."""
     known = next((p for owner in owners(model, guide) for p in owner.parameters()), None)
-    pair = look_at(model, guide, batches.to(None if known is None else known.device), plate)
+    pair = look_at(model, guide, batches.to(None if known is None else known.device), validation, plate)
     weights = Weights(*pair.participants)
     for rows in (batches, validation):
         if rows is not None:
@@ -224,7 +224,7 @@ def _evaluate(pair: Pair, steps: Steps, elbo: ELBO, batches: Batches) -> float:
     ):
         torch.manual_seed(0)
         for batch in batches:
-            value = elbo.loss(pair.model, pair.guide, *batch.inputs)
+            value = elbo.loss(pair.model, pair.guide, *batch.args, **batch.kwargs)
             total += float(value[0] if isinstance(value, tuple) else value) / steps.data_points(batch) * batch.size
             rows += batch.size
     return total / rows if math.isfinite(total) else math.inf  # infinity is never the lowest

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
+
+from pyro_vae.pairs.libraries import warn
 
 __all__ = ["Weights", "find_device"]
 
@@ -57,12 +61,56 @@ class Weights:
         """Says which parameters a backward pass of the loss gave no gradient: they stay as they are."""
         names = [name for name, p in self.named.items() if p.grad is None]
         if names:
-            shown = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-            warnings.warn(
+            warn(
                 f"fit: the loss does not reach {len(names)} of {len(self.parameters)} parameters, which will not "
-                f"train: {shown}. Try to use them in the model or guide, or requires_grad_(False) to freeze them.",
-                stacklevel=6,
+                f"train: {_listed(map(repr, names))}. Try to use them in the model or guide, or "
+                "requires_grad_(False) to freeze them."
             )
+
+    def warn_of_unregistered(self, trace: poutine.Trace) -> None:
+        """Says which parameters have a gradient and are none of Pyro's, which `pyro.infer.SVI` would not train.
+
+        Args:
+            trace: the `pyro.param` statements of a step, by which SVI finds what it trains.
+        """
+        registered = {id(_unconstrained(site["value"])) for site in trace.nodes.values() if site["type"] == "param"}
+        owner = {id(p): m for module in self.modules for m in module.modules() for p in m.parameters(recurse=False)}
+        names = [
+            f"{name!r} of {type(owner[id(p)]).__name__}" if id(p) in owner else name
+            for name, p in self.named.items()
+            if p.grad is not None and id(p) not in registered
+        ]
+        if names:
+            warn(
+                f"fit: trains {len(names)} of {len(self.parameters)} parameters that are not registered with Pyro: "
+                f"{_listed(names)}. pyro.infer.SVI would leave them as they are, and Pyro's parameter store neither "
+                'holds nor saves them. Try pyro.module("net", net) in the model or guide that uses the module net, or '
+                'pyro.param("w", w) for a tensor w.'
+            )
+
+    def refuse_sparse(self) -> None:
+        """Raises ValueError for sparse gradients, which neither the global norm nor the usual optimizers take."""
+        names = [name for name, p in self.named.items() if p.grad is not None and p.grad.layout is not torch.strided]
+        if names:
+            for p in self.parameters:
+                p.grad = None
+            raise ValueError(
+                f"fit: expected dense gradients, got sparse ones of {_listed(map(repr, names))}: their norm and the "
+                "steps of Adam are not defined for them. Try nn.Embedding(…, sparse=False)."
+            )
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _unconstrained(value: Any) -> Any:
+    """The tensor that is trained, of the value of a `pyro.param`."""
+    if hasattr(value, "_pyro_unconstrained_param"):  # the rows of one that a plate subsamples
+        return value._pyro_unconstrained_param
+    unconstrained = getattr(value, "unconstrained", None)
+    return value if unconstrained is None else unconstrained()
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from pyro_vae.training.agreed import Agreed
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.diagnosis import diagnosis
 from pyro_vae.training.parameters import Weights
+from pyro_vae.training.plates import full_size
 
 __all__ = ["Steps"]
 
@@ -60,7 +62,7 @@ class Steps:
         self.pair, self.weights, self.batches, self.elbo, self.optimizer = pair, weights, batches, elbo, optimizer
         self.clip_norm, self.compiled = clip_norm, compiled
         self.count = 0
-        self._full_size = pair.full_size
+        self._full_size = full_size(pair, Batch(pair.args, pair.kwargs, None).size)
         objectives = [elbo] if compiled is None else [elbo, compiled.elbo]
         self._annealed = [a for a in map(annealed, objectives) if a is not None]
         self._own = {id(p) for p in weights.parameters}
@@ -102,11 +104,14 @@ class Steps:
             self._look(batch, state, value, norm, whole=True)
         else:
             self.optimizer.zero_grad(set_to_none=True)
-            value, norm = self._gradients(batch, call)
+            # a first step looks for parameters as pyro.infer.SVI does
+            with poutine.trace(param_only=True) if self.count == 0 else nullcontext() as seen:
+                value, norm = self._gradients(batch, call)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
             self._look(batch, state, value, norm, whole=False)
             if self.count == 0:
                 self.weights.warn_of_unreached()
+                self.weights.warn_of_unregistered(seen.trace)
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
             if self._deferred:
@@ -157,7 +162,7 @@ class Steps:
         """Stops if the loss or gradient is not finite: at once, or at the end of the epoch if the device is a GPU."""
         if self._deferred:
             self._finite += ~self._stopped
-            self._epoch.append((state, batch._replace(inputs=())))
+            self._epoch.append((state, batch._replace(args=(), kwargs={})))
         elif self._stopped:
             if whole:
                 self._whole.settle(skipped=1)
@@ -167,7 +172,7 @@ class Steps:
         """The batch as a call of the compiled objective. None if Pyro runs as it is, as it does in the first step."""
         if self.compiled is None or self.count == 0:
             return None
-        return self.compiled.find(self.pair.model, self.pair.guide, batch.inputs)
+        return self.compiled.find(self.pair.model, self.pair.guide, batch.args, batch.kwargs)
 
     def _whole_step(self, batch: Batch, call: Call) -> tuple[Tensor, Tensor] | None:
         """Loss and norm, where a recorded loss and a plain Adam make one graph, whose step this takes; else None."""
@@ -227,16 +232,18 @@ class Steps:
         # the first step runs under the user's validation settings, so that Pyro says what it has to say
         with nullcontext() if self.count == 0 else pyro.validation_enabled(False):
             if has_differentiable_loss(self.elbo):
-                loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.inputs) / size
+                loss = self.elbo.differentiable_loss(pair.model, pair.guide, *batch.args, **batch.kwargs) / size
                 loss.backward()
                 value = loss.detach()
             else:  # TraceGraph_ELBO, RenyiELBO, ReweightedWakeSleep do their own backward pass
-                value = self.elbo.loss_and_grads(pair.model, pair.guide, *batch.inputs)
+                value = self.elbo.loss_and_grads(pair.model, pair.guide, *batch.args, **batch.kwargs)
                 value = value[0] if isinstance(value, tuple) else value
                 value = torch.as_tensor(value, device=self.weights.device) / size
                 for p in self.weights.parameters:
                     if p.grad is not None:
                         p.grad /= size
+        if self.count == 0:
+            self.weights.refuse_sparse()
         return value, torch.nn.utils.get_total_norm([p.grad for p in self.weights.parameters if p.grad is not None])
 
     def _fail(self, batch: Batch, state: State, value: Tensor, norm: Tensor) -> None:

@@ -1,7 +1,6 @@
 """ArviZ conversion on whichever generation is installed: the numbers, the names, and the way to disk and back."""
 
 import math
-import warnings
 
 import arviz as az
 import numpy as np
@@ -10,29 +9,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
-from pyro.infer import MCMC, NUTS, config_enumerate
+from trees import ARVIZ_1, GROUPS, dataset, groups
 from truths import LinearGaussian, small_vae
 
-from pyro_vae import from_pyro, from_pyro_svi, importance_sampling
-
-GROUPS = {
-    "posterior",
-    "posterior_predictive",
-    "log_likelihood",
-    "sample_stats",
-    "prior",
-    "prior_predictive",
-    "observed_data",
-}
-ARVIZ_1 = not az.__version__.startswith("0.")
-
-
-def groups(tree):
-    return {name.strip("/") for name in tree.groups} - {""} if ARVIZ_1 else set(tree.groups())
-
-
-def dataset(tree, group):
-    return tree[group].to_dataset() if ARVIZ_1 else tree[group]
+from pyro_vae import from_pyro_svi, importance_sampling
 
 
 @pytest.fixture
@@ -61,11 +41,12 @@ def test_type_groups_and_dimensions(tree):
         "posterior": {"z": "chain draw data latent"},
         "posterior_predictive": {"x": "chain draw data feature"},
         "log_likelihood": {"x": "chain draw data"},
+        "log_prior": {"z": "chain draw data"},
         "prior": {"z": "chain draw data latent"},
         "prior_predictive": {"x": "chain draw data feature"},
         "observed_data": {"x": "data feature"},
-        "sample_stats": dict.fromkeys(("log_p", "log_q", "log_weights"), "chain draw data")
-        | dict.fromkeys(("log_evidence", "log_evidence_error", "ess", "pareto_k"), "data"),
+        "sample_stats": dict.fromkeys(("log_p", "log_q", "log_weights", "log_p_x_given_latents"), "chain draw data")
+        | dict.fromkeys(("log_evidence", "log_evidence_error", "ess", "pareto_khat"), "data"),
     }
     for group, variables in expected.items():
         data = dataset(tree, group)
@@ -88,7 +69,8 @@ def test_numbers(tree, truth, x):
     assert ((z.mean(0) - exact.mean) / error).abs().max() < 5
     assert (z.var(0) / exact.variance - 1).abs().max() < 0.3
     log_likelihood = dist.Normal(z @ truth.weight.T + truth.bias, truth.noise).to_event(1).log_prob(x)
-    torch.testing.assert_close(flat("log_likelihood", "x"), log_likelihood)
+    torch.testing.assert_close(flat("sample_stats", "log_p_x_given_latents"), log_likelihood)
+    torch.testing.assert_close(flat("log_prior", "z"), dist.Normal(0.0, 1.0).log_prob(z).sum(-1))
     log_p = log_likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
     torch.testing.assert_close(flat("sample_stats", "log_p"), log_p)
     torch.testing.assert_close(flat("sample_stats", "log_q"), exact.log_prob(z), atol=1e-4, rtol=1e-4)
@@ -96,6 +78,8 @@ def test_numbers(tree, truth, x):
     torch.testing.assert_close(log_weights, log_p - exact.log_prob(z), atol=1e-4, rtol=1e-4)
     stats = {name: torch.tensor(tree["sample_stats"][name].values) for name in ("log_evidence", "log_evidence_error")}
     torch.testing.assert_close(stats["log_evidence"], log_weights.double().logsumexp(0) - math.log(2000))
+    others = [log_weights[torch.arange(2000) != s].double().logsumexp(0) - math.log(1999) for s in range(0, 2000, 100)]
+    torch.testing.assert_close(flat("log_likelihood", "x")[::100], torch.stack(others))
     assert ((stats["log_evidence"] - truth.log_evidence(x)) / stats["log_evidence_error"]).abs().max() < 5
     replicated, mean = flat("posterior_predictive", "x"), exact.mean @ truth.weight.T + truth.bias
     spread = truth.weight @ exact.covariance_matrix[0] @ truth.weight.T + truth.noise**2 * torch.eye(3)
@@ -107,7 +91,7 @@ def test_numbers(tree, truth, x):
     assert flat("prior", "z").std().item() == pytest.approx(1.0, abs=0.02)
     evidence = importance_sampling(truth.model, lambda x: truth.guide(x, 1.5), x, num_particles=2000)
     assert tree["sample_stats"]["ess"].values == pytest.approx(evidence.effective_sample_size.numpy(), rel=0.2)
-    assert (tree["sample_stats"]["pareto_k"].values < 0.7).all()
+    assert (tree["sample_stats"]["pareto_khat"].values < 0.7).all()
 
 
 def test_to_disk_and_back(tree, tmp_path):
@@ -146,11 +130,12 @@ def test_inner_plates_get_their_names():
 
     tree = from_pyro_svi(model, guide, x, num_samples=10, plate="rows")
     assert tree["posterior"]["m"].dims == ("chain", "draw", "rows")
-    assert tree["log_likelihood"]["x"].dims == ("chain", "draw", "rows", "columns")
+    assert tree["log_likelihood"]["x"].dims == ("chain", "draw", "rows")
+    assert tree["sample_stats"]["log_p_x_given_latents"].dims == ("chain", "draw", "rows", "columns")
     np.testing.assert_array_equal(tree["observed_data"]["x"], x)
     m = torch.tensor(tree["posterior"]["m"].values[0])
     expected = dist.Normal(m.unsqueeze(-1), 1.0).log_prob(x)
-    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["x"].values[0]), expected)
+    torch.testing.assert_close(torch.tensor(tree["sample_stats"]["log_p_x_given_latents"].values[0]), expected)
 
 
 def test_images_and_chunks_of_rows():
@@ -159,7 +144,8 @@ def test_images_and_chunks_of_rows():
     assert tree["posterior_predictive"]["x"].dims == ("chain", "draw", "data", "height", "width")
     np.testing.assert_array_equal(tree["observed_data"]["x"], x)
     z = torch.tensor(tree["posterior"]["z"].values[0])
-    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["x"].values[0]), vae.decode(z).log_prob(x))
+    conditional = torch.tensor(tree["sample_stats"]["log_p_x_given_latents"].values[0])
+    torch.testing.assert_close(conditional, vae.decode(z).log_prob(x))
 
 
 def test_wrong_names_are_refused(truth, x):
@@ -183,73 +169,3 @@ def test_bad_data_are_refused(truth, x):
         from_pyro_svi(vae.model, vae.guide, torch.full((5, 4, 4), 0.5), num_samples=2)
     with pytest.raises(ValueError, match="num_samples: expected at least 1, got 0"):
         from_pyro_svi(truth.model, truth.guide, x, num_samples=0)
-
-
-# -- MCMC -------------------------------------------------------------------------------------------------------------
-
-
-def regression(predictor, y):
-    """A matrix product with a vector of coefficients: wrong under an extra dimension, so each draw is run by itself."""
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    scale = pyro.sample("scale", dist.HalfNormal(1.0))
-    with pyro.plate("data", len(predictor)):
-        pyro.sample("y", dist.Normal(predictor @ beta, scale), obs=y)
-
-
-@pytest.fixture
-def mcmc():
-    predictor = torch.randn(10, 3)
-    run = MCMC(NUTS(regression), num_samples=30, warmup_steps=150, num_chains=1, disable_progbar=True)
-    run.run(predictor, predictor.sum(-1) + 0.1 * torch.randn(10))
-    return run
-
-
-def test_mcmc(mcmc, tmp_path):
-    tree = from_pyro(mcmc, dims={"beta": ["coefficient"]})
-    assert groups(tree) == GROUPS
-    assert tree["posterior"]["beta"].dims == ("chain", "draw", "coefficient")
-    assert tree["posterior_predictive"]["y"].dims == ("chain", "draw", "data")
-    assert tree["sample_stats"]["diverging"].dtype == bool
-    predictor, y = mcmc._args
-    samples = mcmc.get_samples()
-    np.testing.assert_array_equal(tree["posterior"]["beta"].values[0], samples["beta"])
-    mean = samples["beta"] @ predictor.T
-    expected = dist.Normal(mean, samples["scale"][:, None]).log_prob(y)
-    torch.testing.assert_close(torch.tensor(tree["log_likelihood"]["y"].values[0]), expected)
-    residual = (torch.tensor(tree["posterior_predictive"]["y"].values[0]) - mean) / samples["scale"][:, None]
-    assert abs(residual.mean()) < 5 / math.sqrt(300)
-    assert residual.std().item() == pytest.approx(1.0, abs=0.2)
-    np.testing.assert_array_equal(tree["observed_data"]["y"], y)
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # thirty draws, so k-hat is uncertain
-        assert az.loo(tree) is not None
-    tree.to_netcdf(str(tmp_path / "tree.nc"), engine="h5netcdf")
-    back = az.from_netcdf(str(tmp_path / "tree.nc"))
-    for group in GROUPS:
-        xr.testing.assert_identical(dataset(tree, group).load(), dataset(back, group).load())
-
-
-def test_mcmc_with_two_chains(mcmc):
-    mcmc._samples = {name: torch.cat([v, v + 1]) for name, v in mcmc._samples.items()}
-    mcmc._diagnostics = [{"divergences": [1, 3]}, {"divergences": [0]}]
-    tree = from_pyro(mcmc)
-    assert dict(tree["posterior"].sizes) == {"chain": 2, "draw": 30, "beta_dim_0": 3}
-    assert tree["sample_stats"]["diverging"].values.nonzero()[1].tolist() == [1, 3, 0]
-    np.testing.assert_array_equal(tree["posterior"]["beta"].values[1], mcmc._samples["beta"][1])
-    assert dict(tree["prior"].sizes) == {"chain": 1, "draw": 30, "beta_dim_0": 3}
-
-
-def test_mcmc_errors():
-    with pytest.raises(TypeError, match=r"expected a pyro.infer.MCMC after run"):
-        from_pyro(MCMC(NUTS(regression), num_samples=1))
-
-    @config_enumerate
-    def mixture(x):
-        m = pyro.sample("m", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", len(x)):
-            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
-            pyro.sample("x", dist.Normal(m[..., k] if m.dim() == 1 else m[..., 0], 1.0), obs=x)
-
-    run = MCMC(NUTS(mixture), num_samples=5, warmup_steps=5, disable_progbar=True)
-    run.run(torch.randn(4))
-    with pytest.raises(ValueError, match=r"no draws of the latent sites \['k'\], which it summed out"):
-        from_pyro(run)

@@ -155,25 +155,6 @@ def test_autoguide_and_pyro_module():
     assert model.scale.item() == pytest.approx(x.std().item(), rel=0.1)
 
 
-def test_modules_that_nobody_registered_are_trained_too():
-    """With SVI they would silently stay as they are."""
-    encoder, decoder = nn.Linear(3, 2), nn.Linear(1, 3)
-
-    def model(x):
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(x):
-        with pyro.plate("data", len(x)):
-            loc, raw = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
-
-    before = weights(encoder) + weights(decoder)
-    fit(model, guide, torch.randn(50, 3), num_epochs=1)
-    assert not any(torch.equal(a, b) for a, b in zip(before, weights(encoder) + weights(decoder), strict=True))
-
-
 def test_enumerated_mixture():
     @config_enumerate
     def model(x):

@@ -1,18 +1,20 @@
 """Whatever requires a gradient and the loss reaches, trains, wherever the pair keeps it."""
 
 import copy
+import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 from pyro_vae import ImportanceWeightedELBO, fit
 from pyro_vae.pairs.parameters import graph_leaves, participants
 
+unregistered = pytest.mark.filterwarnings("ignore:fit. trains .* not registered with Pyro:UserWarning")
 X = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 3.0
 
 
@@ -76,6 +78,7 @@ PAIRS = {
 ELBOS = [Trace_ELBO(), TraceMeanField_ELBO(), ImportanceWeightedELBO(3)]
 
 
+@unregistered
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("elbo", ELBOS, ids=lambda elbo: type(elbo).__name__)
 @pytest.mark.parametrize("name", PAIRS)
@@ -85,6 +88,82 @@ def test_every_parameter_moves(name, elbo, compile):
     fit(model, guide, X, num_epochs=2, batch_size=20, loss=copy.copy(elbo), learning_rate=0.1, compile=compile, seed=0)
     for p, old in zip(parameters, before, strict=True):
         assert not torch.isclose(p, old).any()
+
+
+def two_nets(register):
+    encoder, decoder = nn.Linear(3, 2), nn.Linear(1, 3)
+
+    def model(x):
+        if "decoder" in register:
+            pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        if "encoder" in register:
+            pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            loc, raw = encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+    return model, guide, {"encoder": encoder, "decoder": decoder}
+
+
+@pytest.mark.parametrize("register", [(), ("encoder",), ("decoder",), ("encoder", "decoder")])
+def test_what_is_named_is_what_svi_does_not_train(register):
+    """fit trains all; those that SVI leaves as they are, it says."""
+    model, guide, nets = two_nets(register)
+    before = {name: copy.deepcopy(net) for name, net in nets.items()}
+    SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X)
+    left = {name for name, net in nets.items() if torch.equal(net.weight, before[name].weight)}
+    assert left == nets.keys() - set(register)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, guide, X, num_epochs=2, batch_size=20, learning_rate=0.1, seed=0)
+    assert len(caught) == (1 if left else 0)
+    if left:
+        message = str(caught[0].message)
+        assert caught[0].filename == __file__
+        assert f"trains {2 * len(left)} of 4 parameters that are not registered with Pyro: 'weight' of " in message
+        assert 'Try pyro.module("net", net)' in message
+    assert not any(torch.equal(net.weight, before[name].weight) for name, net in nets.items())
+
+
+def test_a_pyro_module_that_is_called_is_registered():
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = PyroParam(torch.zeros(3))
+            self.scale = nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(self.loc, self.scale.exp()).to_event(1), obs=x)
+
+    for local in (False, True):
+        with pyro.settings.context(module_local_params=local):
+            fit(Model(), lambda x: None, X, num_epochs=1, seed=0)
+        pyro.clear_param_store()
+
+
+def test_sparse_gradients_are_refused():
+    """torch has no norm of them, and its Adam takes none."""
+    net, index = nn.Embedding(40, 3, sparse=True), torch.arange(40)
+
+    def model(i, x):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(net(i), 1.0).to_event(1), obs=x)
+
+    before = net.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"got sparse ones of 'net\$\$\$weight'.*Try nn.Embedding\(…, sparse=False\)"):
+        fit(model, lambda i, x: None, (index, X), num_epochs=2, batch_size=20)
+    assert torch.equal(net.weight, before)
+    assert net.weight.grad is None
+    net.sparse = False
+    fit(model, lambda i, x: None, (index, X), num_epochs=500, batch_size=20, learning_rate=0.05, seed=0)
+    torch.testing.assert_close(net.weight.detach(), X, atol=0.05, rtol=0)
 
 
 def test_what_trains_are_the_leaves_of_the_loss():
@@ -119,6 +198,7 @@ def test_an_objective_that_sees_no_parameter_says_so():
         fit(pair.model, pair.guide, X, num_epochs=1, loss=RenyiELBO(num_particles=3), seed=0)
 
 
+@unregistered
 def test_frozen_parameters_stay():
     pair = WithList()
     pair.child.weight.requires_grad_(False)
@@ -134,6 +214,7 @@ def test_leaves_of_a_graph():
     assert graph_leaves(torch.ones(2)) == []
 
 
+@unregistered
 def test_a_fit_of_modules_in_training_mode_leaves_them_there():
     """The looks run in evaluation mode: batch norm counts the steps, and nothing else."""
 
@@ -157,6 +238,7 @@ def test_a_fit_of_modules_in_training_mode_leaves_them_there():
     assert all(module.training for module in pair.modules())
 
 
+@unregistered
 def test_looking_before_training_is_no_step():
     """A model that counts its own runs, as for a warm-up, has counted the steps."""
 

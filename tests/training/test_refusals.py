@@ -13,7 +13,7 @@ from pyro.infer import (
 )
 from states import same, weights
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, small_vae
 
 from pyro_vae import fit
@@ -107,7 +107,17 @@ def test_two_modules_under_one_name_are_refused():
         ({"validation_data": torch.randn(3, 5)}, ValueError, r"validation_data: .*got rows of shape \(5,\)"),
         ({"device": "gpu"}, ValueError, "device: expected 'auto' or a device of torch, got 'gpu'"),
         ({"data": None}, TypeError, "got NoneType. Try a tensor of rows"),
-        ({"data": {"x": torch.zeros(3, 4)}}, TypeError, "got dict. Try a tuple of its values"),
+        ({"data": {"y": torch.zeros(3, 4)}}, TypeError, "data is a dict: .*with the keyword arguments 'y'"),
+        (
+            {"data": {"x": torch.zeros(3, 4), "k": 3}},
+            TypeError,
+            r"data\['k'\]: .*got int. Try functools.partial",
+        ),
+        ({"data": {"x": torch.zeros(3, 4), "c": torch.zeros(2)}}, ValueError, r"of the dict, got \[3, 2\].*partial"),
+        ({"data": (torch.zeros(3, 4), "name")}, TypeError, r"data\[1\]: .*got str. Try functools.partial\(model"),
+        ({"data": {}}, ValueError, "data is empty"),
+        ({"data": DataLoader(range(2), batch_size=4, drop_last=True)}, ValueError, "got one that yields none"),
+        ({"data": DataLoader(["a"])}, TypeError, "with at least one tensor of rows in a tuple or dict, got str"),
         ({"data": TensorDataset(torch.zeros(3, 4))}, TypeError, "got TensorDataset. Try a DataLoader of it"),
         ({"data": pd.DataFrame({"a": [1.0]})}, TypeError, r'got DataFrame. Try data.to_numpy\(dtype="float32"\)'),
         ({"data": np.array([["a"]])}, TypeError, "expected an array of numbers, got one of dtype <U1"),
