@@ -26,13 +26,15 @@ from torch import Tensor
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
-from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_weights, shares
+from pyro_vae.evidence.joint_draws import JointDraws
+from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_draws, shares
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["FIRST_DRAWS", "adaptive_importance_sampling", "fit_gaussians"]
+__all__ = ["FIRST_DRAWS", "adapted_draws", "adaptive_importance_sampling", "fit_gaussians"]
 
 FIRST_DRAWS = 100  # of the guide, whose moments start the fit, and of each component, to find its share
 FIT_TOGETHER = 200  # the fit of one row makes as many tensors at a time as this many weights
@@ -69,6 +71,10 @@ def adaptive_importance_sampling(
     Use it if the k-hat of `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point,
     and can be far from it on points outside the training data. If a posterior has several separate modes, the Gaussian
     finds one of them; q and, in few dimensions, the prior must cover the others.
+
+    With `plate=None`, where all observed sites are in a plate, data points are independent given the latents outside of
+    it. The fit is then an arrow (`pyro_vae.evidence.arrow`), linear in N, and each particle is a draw of the latents
+    outside, with an unbiased estimate of p(x_n|θ) for each point (`pyro_vae.evidence.joint_draws`).
 
     A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each of which costs as much as about three
     weights, and 300 weights. Its own arithmetic is of order D³ for each point and step. Continuous latents may have any
@@ -119,16 +125,14 @@ def adaptive_importance_sampling(
     num_particles = check_num_particles(num_particles)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
 
+    joint = JointDraws.of(sampler, num_steps) if plate is None and exact_draw is None else None
+
     def prepare(rows: slice) -> Callable[[int], Tensor]:
+        if joint is not None:
+            return joint.log_weights(num_particles)
         density = LatentDensity(sampler, rows)
-        fitted = fit_gaussians(density, num_steps=num_steps)
-        proposals = [Gaussians(fitted.loc, WIDEN * fitted.scale_tril).proposal(), from_prior(density)]
-        if density.knows_guide:
-            proposals.append(from_guide(density))
-        share = shares(density, proposals, num_draws=FIRST_DRAWS, least=LEAST_SHARE)
-        others = (share[1:] * num_particles).long()
-        counts = torch.cat([num_particles - others.sum(0, keepdim=True), others])
-        return mixture_weights(density, proposals, counts, density.exact(exact_draw))
+        draw = adapted_draws(density, num_particles, num_steps, density.exact(exact_draw))
+        return lambda count: draw(count)[0]
 
     return collect(
         sampler,
@@ -142,6 +146,31 @@ def adaptive_importance_sampling(
         together=FIT_TOGETHER,
         progress=progress,
     )
+
+
+def adapted_draws(
+    density: LatentDensity, num_particles: int, num_steps: int = 8, exact: Tensor | None = None
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Draws from the mixture of a fitted Gaussian, the prior and the guide, as `mixture_draws` has them."""
+    warn_of_cost(density.dim, len(density.draw(1)[0]), num_steps)
+    fitted = fit_gaussians(density, num_steps=num_steps)
+    proposals = [Gaussians(fitted.loc, WIDEN * fitted.scale_tril).proposal(), from_prior(density)]
+    if density.knows_guide:
+        proposals.append(from_guide(density))
+    share = shares(density, proposals, num_draws=FIRST_DRAWS, least=LEAST_SHARE)
+    others = (share[1:] * num_particles).long()
+    counts = torch.cat([num_particles - others.sum(0, keepdim=True), others])
+    return mixture_draws(density, proposals, counts, exact)
+
+
+def warn_of_cost(dim: int, num_points: int, num_steps: int) -> None:
+    """Warns before a fit of full covariances that takes longer than minutes."""
+    minutes = num_steps * num_points * (dim / 2000) ** 3 / 2  # a solve and an eigendecomposition in each step
+    if minutes > 2:
+        warn(
+            f"adaptive_importance_sampling: a full covariance of {dim} latents takes about {minutes:.0f} minutes to "
+            "fit. A plate around all that is observed would be used: latents inside it are independent given the rest."
+        )
 
 
 def fit_gaussians(density: LatentDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Gaussians:

@@ -35,7 +35,7 @@ from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["annealed_importance_sampling"]
+__all__ = ["annealed_draws", "annealed_importance_sampling"]
 
 ACCEPTANCE = 0.8  # the rate of acceptance that the pilot run aims at
 LEAPFROG_TENSORS = 4.0  # a gradient needs about this many times the tensors of a log-weight
@@ -148,6 +148,14 @@ def annealed_importance_sampling(
     return replace(evidence, log_evidence=-evidence.log_evidence, bound=UPPER_BOUND)
 
 
+def annealed_draws(density: LatentDensity, num_chains: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A function: count -> log-weights (count, N) and u (count, N, D) of new chains, with the defaults of
+    `annealed_importance_sampling`."""
+    path = STARTS["guide" if density.knows_guide else "adapted"](density, 5)
+    path = path.tuned(min(64, max(8, num_chains // 2)), 200, "sigmoid")
+    return lambda count: path.forwards(count)[:2]
+
+
 class _State(NamedTuple):
     """K chains at N points: u (K, N, D), both log-densities (K, N), and their gradients in coordinates v (K, N, D)."""
 
@@ -181,8 +189,9 @@ class _Path:
     temperatures: Tensor | None = None  # b, (T + 1, N)
     step_sizes: Tensor | None = None  # of the transition at each temperature, (T + 1, N)
 
-    def forwards(self, num_chains: int, *, tune: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """log w, (K, N); step sizes, which adapt along the way if `tune`; variances of U; the last two (T + 1, N)."""
+    def forwards(self, num_chains: int, *, tune: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log w, (K, N); u, (K, N, D); step sizes, which adapt along the way if `tune`; variances of U; the last two
+        (T + 1, N)."""
         u, outside = defined(self.start.draw(num_chains))
         state = self._evaluate(u)
         log_weight, steps = torch.zeros_like(state.log_start), self.step_sizes.clone()
@@ -197,7 +206,7 @@ class _Path:
                 if tune:
                     steps[t:] = (steps[t] * (0.7 * (acceptance - ACCEPTANCE)).exp()).clamp(1e-4, self._longest)
             variances.append(state.difference.var(0, correction=0))
-        return log_weight.masked_fill(outside, -inf), steps, torch.stack(variances)
+        return log_weight.masked_fill(outside, -inf), state.u, steps, torch.stack(variances)
 
     def backwards(self, u: Tensor) -> Tensor:
         """log w, (K, N), of chains that run backwards from exact posterior draws u."""
@@ -215,7 +224,7 @@ class _Path:
         pilot = _schedule(max(min(10, num_temperatures), num_temperatures // 4), schedule).to(self.shape.loc)
         pilot = pilot.unsqueeze(-1).expand(-1, len(self.shape.loc))
         steps = torch.full_like(pilot, self._longest / 2)
-        _, steps, variances = replace(self, temperatures=pilot, step_sizes=steps).forwards(num_chains, tune=True)
+        _, _, steps, variances = replace(self, temperatures=pilot, step_sizes=steps).forwards(num_chains, tune=True)
         uniform = torch.linspace(0, 1, num_temperatures + 1).to(pilot).unsqueeze(-1).expand(-1, pilot.shape[1])
         if schedule == "adaptive":
             speed = variances.sqrt().nan_to_num(0.0, posinf=0.0)

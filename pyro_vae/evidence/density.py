@@ -105,6 +105,13 @@ class LatentDensity:
         num_particles = len(latents[next(iter(self._sites))])
         return self._coordinates.join(self.sampler.run(self.sampler.model, num_particles, self.rows, values=values))
 
+    @torch.no_grad()
+    def latents(self, u: Tensor) -> dict[str, Tensor]:
+        """The latents of u (K, N, D), {site: (K, N, *inner plates, *event)}."""
+        model = StopAfter(self._sites)(unobserved(self.sampler.model))
+        trace = self.sampler.run(model, len(u), self.rows, unconstrained=self._coordinates.split(u))
+        return {name: self.layout.align(trace.nodes[name], self.rows) for name in self._sites}
+
     # -- densities ----------------------------------------------------------------------------------------------------
 
     def log_joint(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.arrow import fit_arrow
+from pyro_vae.evidence.arrow import fit_arrow, good_width
 from pyro_vae.evidence.evidence import khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.local_weights import ArrowWeights, GuideWeights, chunks
@@ -184,7 +184,8 @@ def integrated_log_likelihood(
         weights: GuideWeights | ArrowWeights = GuideWeights(sampler, draw.values)
         if sampler.pair.has_locals and (adaptive is True or not factored):
             density = JointDensity(sampler)
-            weights = ArrowWeights(density, fit_arrow(density), density.globals_of(draw.values, len(draw.log_p)))
+            arrow = fit_arrow(density).widened(1.0, good_width(density.dim))
+            weights = ArrowWeights(density, arrow, density.globals_of(draw.values, len(draw.log_p)))
         found = summarize(weights, sampler, len(draw.log_p), num_particles, progress=progress)
     return _result(sampler, draw, found, num_particles, factored and draws is None)
 

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.evidence.arrow import Arrow, good_width
+from pyro_vae.evidence.arrow import Arrow
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.proposals import spread
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["ArrowWeights", "Chunk", "GuideWeights", "chunks"]
+__all__ = ["PRIOR_SHARE", "ArrowWeights", "Chunk", "GuideWeights", "Weighed", "chunks"]
 
 PRIOR_SHARE = 0.15  # of the draws of locals come from their prior given the globals, so that weights are bounded
 
@@ -28,6 +28,16 @@ class Chunk(NamedTuple):
     draws: slice
     rows: slice
     counts: list[int]
+
+
+class Weighed(NamedTuple):
+    """Draws of locals given S draws of globals: log-weights (S, K, N), u (S, K, N, D), and the log-density of the
+    globals' prior and of what is observed outside of the plate, (S,)."""
+
+    log_weight: Tensor
+    u: Tensor
+    log_prior: Tensor
+    log_outside: Tensor
 
 
 def chunks(sampler: ParticleSampler, num_samples: int, num_particles: int, *, all_rows: bool) -> list[list[Chunk]]:
@@ -81,29 +91,29 @@ class ArrowWeights:
         density: of the pair.
         arrow: fitted to it.
         g: the globals in unconstrained coordinates, (S, G).
+        prior_share: of the draws.
     """
 
     all_rows = True
 
-    def __init__(self, density: JointDensity, arrow: Arrow, g: Tensor) -> None:
-        self.density, self.g = density, g
-        self.arrow = arrow.widened(1.0, good_width(density.dim))
+    def __init__(self, density: JointDensity, arrow: Arrow, g: Tensor, *, prior_share: float = PRIOR_SHARE) -> None:
+        self.density, self.arrow, self.g, self.prior_share = density, arrow, g, prior_share
 
     def prepare(self, chunk: Chunk, num_particles: int) -> Callable[[int], Tensor]:
         """A function: count -> log-weights of as many new particles, (draws, count, N)."""
         draw = self.draws(chunk.draws, num_particles)
-        return lambda count: draw(count)[0]
+        return lambda count: draw(count).log_weight
 
-    def draws(self, draws: slice, num_particles: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """A function: count -> log-weights (draws, count, N) and u, (draws, count, N, D), of as many new particles."""
+    def draws(self, draws: slice, num_particles: int) -> Callable[[int], Weighed]:
+        """A function: count -> as many new particles."""
         g, drawn = self.g[draws], 0
-        num_prior = round(PRIOR_SHARE * num_particles)
+        num_prior = round(self.prior_share * num_particles)
         shares = torch.tensor([num_particles - num_prior, num_prior], dtype=torch.double, device=g.device)
         log_shares = (shares / num_particles).log()
         defined = g.isfinite().all(-1)
         g = torch.where(defined.unsqueeze(-1), g, self.arrow.loc)
 
-        def draw(count: int) -> tuple[Tensor, Tensor]:
+        def draw(count: int) -> Weighed:
             nonlocal drawn
             each = g.repeat_interleave(count, 0)  # (draws · count, G)
             u = self.arrow.draw_locals(each)
@@ -115,11 +125,11 @@ class ArrowWeights:
                 u = torch.where(from_prior[:, None, None], prior_u, u)
             outside = u.isnan().any(-1)
             u = u.masked_fill(outside.unsqueeze(-1), 0.0)
-            _, _, prior, likelihood = self.density.terms(each, u)
+            log_prior, log_outside, prior, likelihood = self.density.terms(each, u)
             log_q = torch.stack([self.arrow.log_prob_locals(u, each), prior]).double() + log_shares[:, None, None]
             log_weight = (prior + likelihood - log_q.logsumexp(0)).masked_fill(outside, -inf)
-            shape = len(g), count, -1
-            log_weight = log_weight.reshape(shape).masked_fill(~defined[:, None, None], -inf)
-            return log_weight, u.reshape(*log_weight.shape, u.shape[-1])
+            log_weight = log_weight.reshape(len(g), count, -1).masked_fill(~defined[:, None, None], -inf)
+            first = [v.reshape(len(g), count)[:, 0] for v in (log_prior, log_outside)]
+            return Weighed(log_weight, u.reshape(*log_weight.shape, u.shape[-1]), *first)
 
         return draw

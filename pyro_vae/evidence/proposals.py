@@ -17,7 +17,17 @@ from torch import Tensor
 
 from pyro_vae.evidence.density import LatentDensity
 
-__all__ = ["Gaussians", "Proposal", "defined", "from_guide", "from_prior", "mixture_weights", "shares", "spread"]
+__all__ = [
+    "Gaussians",
+    "Proposal",
+    "defined",
+    "from_guide",
+    "from_prior",
+    "mixture_draws",
+    "mixture_weights",
+    "shares",
+    "spread",
+]
 
 
 @dataclass(frozen=True)
@@ -95,12 +105,20 @@ def shares(density: LatentDensity, proposals: Sequence[Proposal], *, num_draws: 
 
 
 def mixture_weights(
+    density: LatentDensity, proposals: Sequence[Proposal], counts: Tensor, exact: Tensor | None = None
+) -> Callable[[int], Tensor]:
+    """Log-weights of draws from a mixture, as `mixture_draws` without the draws."""
+    draw = mixture_draws(density, proposals, counts, exact)
+    return lambda count: draw(count)[0]
+
+
+def mixture_draws(
     density: LatentDensity,
     proposals: Sequence[Proposal],
     counts: Tensor,
     exact: Tensor | None = None,
-) -> Callable[[int], Tensor]:
-    """Log-weights of draws from a mixture.
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Draws from a mixture, weighed against it.
 
     Args:
         density: of the latents.
@@ -110,7 +128,8 @@ def mixture_weights(
             random, as the upper bound needs particles that are exchangeable.
 
     Returns:
-        A function: count -> log-weights of as many draws, (count, N), to be called until K are drawn.
+        A function: count -> log-weights (count, N) and u (count, N, D) of as many draws, to be called until K are
+        drawn.
     """
     used = [i for i, row in enumerate(counts.tolist()) if any(row)]
     proposals, counts = [proposals[i] for i in used], counts[used]
@@ -118,7 +137,7 @@ def mixture_weights(
     log_share, bounds = (counts / total).log(), counts.cumsum(0)
     drawn, given = 0, exact
 
-    def weigh(count: int) -> Tensor:
+    def draw(count: int) -> tuple[Tensor, Tensor]:
         nonlocal drawn, given
         if given is not None:
             u, given = given, None
@@ -135,9 +154,10 @@ def mixture_weights(
         u, outside = defined(u)
         terms = _evaluate(density, proposals, u)
         log_q = torch.stack([q.log_prob(u, terms) for q in proposals])
-        return (terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)).masked_fill(outside, -inf)
+        log_weight = terms[0] + terms[1] - (log_q + log_share.unsqueeze(1)).logsumexp(0)
+        return log_weight.masked_fill(outside, -inf), u
 
-    return weigh
+    return draw
 
 
 def defined(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ augmentation: comment*; Mattei & Frellsen 2019, *MIWAE*). Exact as K → ∞, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ def impute(
     *args: Any,
     num_draws: int = 1,
     num_particles: int = 100,
+    draws: Mapping[str, Tensor] | None = None,
     plate: str = "data",
     parallel: bool | str = "auto",
     seed: int | None = None,
@@ -49,6 +50,8 @@ def impute(
         num_draws: S ≥ 1, draws of each missing value, for multiple imputation; their mean estimates E[x_mis|x_obs].
         num_particles: K, draws of the guide for each data point, of which S are taken with replacement, by weight; 1
             trusts the guide as it is. The bias is of order 1/K.
+        draws: {site: (S, N, *inner plates, *event)}, draws of the latents from their posterior given what is observed,
+            such as those of `draw_posterior`, in place of draws of the guide; S takes the place of `num_draws`.
         plate: name of the plate of data points.
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
@@ -87,18 +90,37 @@ def impute(
         )
     pieces: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluation_mode(model, guide):
+        if draws is not None:
+            num_draws = num_particles = len(next(iter(draws.values())))
         for rows in sampler.chunks(num_particles, together=num_particles)[0]:
-            guide_trace, model_trace = sampler.traces(num_particles, rows)
-            weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
-            chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
+            if draws is None:
+                guide_trace, model_trace = sampler.traces(num_particles, rows)
+                weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
+                chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
+            else:
+                values = {n: sampler.layout.place(s, draws[n][:, rows]) for n, s in _latents(sampler, draws).items()}
+                model_trace = sampler.run(sampler.model, num_draws, rows, values=values)
+                chosen = torch.arange(num_draws).unsqueeze(1).expand(-1, rows.stop - rows.start)
             for name, site in sample_sites(model_trace).items():
                 if site["is_observed"] and ignores_missing(site["fn"]):
-                    drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
-                    observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
-                    index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
-                    drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index)
-                    complete = torch.where(observed[:1].isnan(), drawn.to(observed.dtype), observed[:1])
+                    complete = _completed(sampler, site, rows, chosen, num_particles)
                     pieces.setdefault(name, []).append(complete)
     if not pieces:
         raise ValueError("impute: no observed site takes NaN as missing. Try ObservedPart(likelihood).")
     return {name: torch.cat(values, 1) for name, values in pieces.items()}
+
+
+def _completed(sampler: ParticleSampler, site: dict, rows: slice, chosen: Tensor, num_particles: int) -> Tensor:
+    """Values of a site with draws in place of what is missing, given the particles `chosen` (S, N) of K."""
+    drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
+    observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
+    index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
+    drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index.to(drawn.device))
+    return torch.where(observed[:1].isnan(), drawn.to(observed.dtype), observed[:1])
+
+
+def _latents(sampler: ParticleSampler, draws: Mapping[str, Tensor]) -> dict[str, dict]:
+    sites = {n: s for n, s in sample_sites(sampler.pair.look.model).items() if not s["is_observed"]}
+    if missing := sorted(sites.keys() - draws.keys()):
+        raise ValueError(f"impute: draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
+    return sites

@@ -38,6 +38,7 @@ from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_
 from pyro_vae.pairs.validity import check_masks
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
 from pyro_vae.particles.chunks import cells_within_budget
+from pyro_vae.particles.independence import check_rows_apart
 from pyro_vae.particles.outside import check_constants
 from pyro_vae.particles.particles import Particles, concatenate
 from pyro_vae.particles.runs import Runs, expanded
@@ -86,6 +87,12 @@ class ParticleSampler:
         self._runs = Runs(self.pair, self.layout, parallel)
         self.serial = self._runs.serial
         check_constants(self)
+        check_rows_apart(self)
+
+    def with_plate(self, plate: str) -> ParticleSampler:
+        """Of the same pair, with the data points in this plate, and latents outside of it."""
+        pair, options = self.pair, {"plate": plate, "parallel": not self.serial, "outside": True}
+        return ParticleSampler(pair.model, pair.guide, pair.args, pair.kwargs, **options)
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
