@@ -20,9 +20,12 @@ import torch
 from pyro_vae.integrations.arviz_arguments import called_with
 from pyro_vae.integrations.arviz_groups import Dims, Groups
 from pyro_vae.integrations.arviz_mcmc import MCMCRuns, put_draws, put_statistics
-from pyro_vae.integrations.arviz_svi import put_sampled
+from pyro_vae.integrations.arviz_sites import find_plate
+from pyro_vae.integrations.arviz_svi import Sampled
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.pair import Pair
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
@@ -32,12 +35,16 @@ __all__ = ["from_pyro", "from_pyro_svi"]
 
 
 @one_thread
+@seeded
 def from_pyro_svi(
     model: Callable,
     guide: Callable,
     *args: Any,
     num_samples: int = 1000,
-    plate: str | None = "data",
+    num_particles: int = 100,
+    plate: str | None = "auto",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
     predictions: Any = None,
     coords: Mapping[str, Any] | None = None,
     dims: Dims | None = None,
@@ -98,20 +105,32 @@ def from_pyro_svi(
         ('chain', 'draw', 'data', 'latent')
     """
     num_samples = check_num_particles(num_samples, "num_samples")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate)
+    num_particles = check_num_particles(num_particles)
+    if plate == "auto":
+        plate = find_plate(Pair(model, guide, args, kwargs).look.model)
+    outside = plate is not None
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel, outside=outside)
     check_density(sampler.pair)
     groups = Groups(coords, dims, stack=stack)
     groups.rows = plate
+    groups.everywhere["data_plate"] = "none" if plate is None else plate
     with torch.no_grad(), evaluation_mode(model, guide):
-        put_sampled(groups, sampler, num_samples, None if predictions is None else called_with(predictions), progress)
+        sampled = Sampled(groups, sampler, num_samples, num_particles)
+        sampled.put(progress)
+        observed = sampled.put_arguments()
+        if predictions is not None:
+            sampled.put_predictions(called_with(predictions), observed)
     return groups.tree()
 
 
 @one_thread
+@seeded
 def from_pyro(
     mcmc: Any,
     *,
     predictions: Any = None,
+    num_particles: int = 100,
+    seed: int | None = None,
     coords: Mapping[str, Any] | None = None,
     dims: Dims | None = None,
     stack: Mapping[str, str] | None = None,
@@ -177,7 +196,8 @@ def from_pyro(
             for i in range(len(runs)):
                 runs.draw(i, new)
                 bar.update()
-    runs.put(groups)
+        integrated = runs.integrate(num_particles)
+    runs.put(groups, integrated)
     if new is not None:
         runs.put_predictions_arguments(groups, new)
     return groups.tree()

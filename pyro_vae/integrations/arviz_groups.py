@@ -66,7 +66,8 @@ class Groups:
         stack: {name: dimension}: variables name_0, name_1, … become one, with this dimension after those of plates.
 
     Attributes:
-        attributes: {group: what it has besides those of all groups}.
+        attributes: {group: its attributes}.
+        everywhere: attributes of all groups.
         rows: the dimension of the data points, which are others in predictions, and have no labels there.
     """
 
@@ -79,6 +80,7 @@ class Groups:
     ) -> None:
         self.coords, self.dims, self.num_chains, self.stack = coords or {}, dims or {}, num_chains, stack or {}
         self.attributes: dict[str, dict[str, Any]] = {}
+        self.everywhere: dict[str, Any] = {}
         self.rows: str | None = None
         self._arrays: dict[str, dict[str, _Variable]] = {group: {} for group in GROUPS}
 
@@ -112,6 +114,7 @@ class Groups:
             "creation_library": "pyro_vae",
             "inference_library": "pyro-ppl",
             "inference_library_version": pyro.__version__,
+            **self.everywhere,
         }
         arrays = self._stacked()
         names = _dimensions(arrays, self.dims)

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pyro_vae.integrations.arviz_arguments import named_tensors, observed_arguments, put_constants
 from pyro_vae.integrations.arviz_groups import CONDITIONAL, Groups
+from pyro_vae.integrations.arviz_integrated import integrated_at
 from pyro_vae.integrations.arviz_sites import ModelSites, Release, plate_sizes
 from pyro_vae.pairs.enumeration import sum_product
 from pyro_vae.pairs.handlers import SetValues
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.sites import site_log_prob
 
 __all__ = ["MCMCRuns", "put_draws", "put_statistics"]
@@ -154,6 +156,30 @@ class MCMCRuns:
         keep = {self.sites.plate: self.sites.sizes[self.sites.plate]}
         return sum_product((self._trace(model),), lambda _, site: site["name"] in counted, keep)
 
+    def integrate(self, num_particles: int) -> tuple[Tensor, Tensor] | None:
+        """log p(x_n|θ), (S, N), and the mean of its error, (N,), where data points have continuous latents."""
+        drawn = self.sites.inside(self.sites.latents - self.summed)
+        if not drawn or not num_particles:
+            return None
+        summed = self.sites.inside(self.summed)
+        hidden = summed | self.sites.observed
+        model = poutine.infer_config(
+            self.model, lambda site: {"enumerate": "parallel" if site["name"] in summed else None}
+        )
+        guide = poutine.block(model, hide_fn=lambda site: site["type"] == "sample" and site["name"] in hidden)
+        values = {}
+        for name in self.sites.latents - summed:
+            shape = self.first.nodes[name]["value"].shape
+            values[name] = torch.stack([value.reshape(shape) for value in self._values["posterior", name]])
+        try:
+            return integrated_at(model, guide, (self.args, self.kwargs), self.sites.plate, values, num_particles)
+        except ValueError as error:
+            warn(
+                f"log_likelihood is that given the latents {sorted(drawn)} of each data point, which cannot be "
+                f"integrated out: {error}"
+            )
+            return None
+
     # -- the log-joint ------------------------------------------------------------------------------------------------
 
     def _lp(self, drawn: dict[str, Tensor], trace: poutine.Trace) -> Tensor:
@@ -173,9 +199,13 @@ class MCMCRuns:
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def put(self, groups: Groups) -> None:
-        """Stores the values of all runs."""
+    def put(self, groups: Groups, integrated: tuple[Tensor, Tensor] | None) -> None:
+        """Stores the values of all runs, and log p(x_n|θ) with its error where latents were integrated out."""
         groups.rows = self.sites.plate
+        if integrated is not None:
+            self._values = {key: value for key, value in self._values.items() if key[0] != "log_likelihood"}
+            groups.put("log_likelihood", self.sites.together, integrated[0], [self.sites.plate], draws=True)
+            groups.put("sample_stats", "log_likelihood_error", integrated[1], [self.sites.plate])
         for (group, name), values in self._values.items():
             variable = self.sites.variables.get(name)
             if group == "sample_stats" or variable is None:
@@ -186,7 +216,7 @@ class MCMCRuns:
             aligned = [variable.aligned(value, log_prob=log_prob) for value in values]
             stacked = torch.stack([value for value, _ in aligned])
             groups.put(group, name, stacked, aligned[0][1], draws=True)
-            if group == CONDITIONAL and not self.sites.inside(self.summed):
+            if group == CONDITIONAL and integrated is None and not self.sites.inside(self.summed):
                 groups.put("log_likelihood", name, stacked, aligned[0][1], draws=True)
         for name in self.sites.observed:
             groups.put("observed_data", name, *self.sites.variables[name].aligned(self.first.nodes[name]["value"]))

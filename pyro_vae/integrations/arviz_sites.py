@@ -11,9 +11,10 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.sites import base_distribution
 
-__all__ = ["ModelSites", "Release", "Variable", "plate_sizes"]
+__all__ = ["ModelSites", "Release", "Variable", "find_plate", "plate_sizes"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,28 @@ def plate_sizes(trace: poutine.Trace, names: Collection[str]) -> dict[str, int]:
     """{plate: size} of the plates around some sites."""
     frames = [f for name in names if name in trace.nodes for f in trace.nodes[name]["cond_indep_stack"] if f.vectorized]
     return {frame.name: frame.size for frame in frames}
+
+
+def find_plate(trace: poutine.Trace) -> str | None:
+    """The plate of data points: "data" if all observed sites are in it, else the one that they all are in.
+
+    Of several the one that has latents in it, and of these the outermost, with a warning. None: there is no such plate.
+    """
+    stacks: dict[str, list[list[str]]] = {}
+    for name, variable in ModelSites(trace).variables.items():
+        stacks.setdefault(variable.role, []).append([f.name for f in trace.nodes[name]["cond_indep_stack"]])
+    observed = stacks.get("observed", [])
+    common = [plate for plate in (observed[0] if observed else []) if all(plate in stack for stack in observed)]
+    if "data" in common or len(common) < 2:
+        return "data" if "data" in common else next(iter(common), None)
+    within = [plate for plate in common if any(plate in stack for stack in stacks.get("latent", []))]
+    if len(within) == 1:
+        return within[0]
+    found = (within or common)[0]
+    warn(
+        f"all observed sites are in the plates {common}; data points are those of {found!r}. Try plate=… to say which."
+    )
+    return found
 
 
 class Release(Messenger):

@@ -13,80 +13,153 @@ from pyro_vae.integrations.arviz_arguments import named_tensors, observed_argume
 from pyro_vae.integrations.arviz_chunks import Chunk
 from pyro_vae.integrations.arviz_discrete import draw_summed
 from pyro_vae.integrations.arviz_groups import Groups
-from pyro_vae.integrations.arviz_sites import ModelSites, Release, Variable, plate_sizes
+from pyro_vae.integrations.arviz_integrated import CELLS, IntegratedLikelihood, locals_of
+from pyro_vae.integrations.arviz_sites import ModelSites, Release, plate_sizes
+from pyro_vae.integrations.arviz_theta import Theta
 from pyro_vae.pairs.rows import WINDOW
 from pyro_vae.pairs.sites import is_inside
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
+from pyro_vae.particles.outside import check_constants
+from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.particles.serial import parts_of
 from pyro_vae.progress import progress_bar
 
-__all__ = ["put_sampled"]
-
-CELLS = 2**14  # draws × rows of new data in one pass
+__all__ = ["Sampled"]
 
 
-def put_sampled(
-    groups: Groups, sampler: ParticleSampler, num_samples: int, predictions: tuple[tuple, dict] | None, progress: bool
-) -> None:
-    """Stores all that comes of draws of the guide.
+class Sampled:
+    """Draws of a guide, and what comes of them.
 
     Args:
         groups: where to.
-        sampler: of the pair.
-        num_samples: draws.
-        predictions: arguments of the model with new data.
-        progress: show a progress bar.
+        sampler: of the pair, with `outside=True` where there are latents outside of the plate (globals θ).
+        num_samples: S.
+        num_particles: draws of the latents of a point in each integral over them.
     """
-    model, look = sampler.model, sampler.pair.look.model
-    sites = ModelSites(look)
-    variables, observed = sites.variables, sites.observed
-    generative = Release(observed)(model)
-    all_rows, counts = sampler.chunks(num_samples)
-    if any(
-        v.role == "computed" and not is_inside(look.nodes[name], sampler.layout.plate) for name, v in variables.items()
-    ):
-        all_rows = [slice(0, sampler.num_points)]  # it may hold all rows
-    points: list[tuple[Tensor, ...]] = []
-    with progress_bar(len(all_rows) * len(counts), "draws for ArviZ", progress) as bar:
-        for rows in all_rows:
-            summary, stop = LogWeightSummary(num_samples), 0
-            for count in counts:
-                draws, stop = slice(stop, stop + count), stop + count
-                put = Chunk(groups, sampler, variables, (num_samples, sampler.num_points), (draws, rows))
-                guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
-                values = {name: guide_trace.nodes[name]["value"] for name in sampler.pair.latents - sampler.pair.summed}
-                trace = model_trace
-                if sampler.pair.summed:
-                    values |= draw_summed(sampler, values, variables, count, rows)
-                    trace = sampler.run(model, count, rows, values=values)
-                put.sites(trace, {"latent": "posterior", "computed": "posterior"})
-                put.log_probs(trace)
-                put.data(trace)
-                put.sites(sampler.run(generative, count, rows, values=values), {"observed": "posterior_predictive"})
-                prior = {"latent": "prior", "computed": "prior", "observed": "prior_predictive"}
-                put.sites(sampler.run(generative, count, rows), prior)
-                particles = sampler.weigh(guide_trace, model_trace, count, rows)
+
+    def __init__(self, groups: Groups, sampler: ParticleSampler, num_samples: int, num_particles: int) -> None:
+        self.groups, self.sampler, self.num_samples, self.num_particles = groups, sampler, num_samples, num_particles
+        self.model, self.plate, self.look = sampler.model, sampler.layout.plate, sampler.pair.look.model
+        self.sites = ModelSites(self.look)
+        self.generative = Release(self.sites.observed)(self.model)
+        self.drawn = sampler.pair.latents - sampler.pair.summed
+        self.all_rows, self.counts = sampler.chunks(num_samples)
+        computed = [self.look.nodes[n] for n, v in self.sites.variables.items() if v.role == "computed"]
+        if not all(is_inside(site, self.plate) for site in computed):
+            self.all_rows = [slice(0, sampler.num_points)]  # it may hold all rows
+        outside = [name for name in self.sites.latents if not is_inside(self.look.nodes[name], self.plate)]
+        self.theta = Theta(sampler, num_samples) if outside else None
+        if self.theta is None:
+            check_constants(sampler)
+
+    def put(self, progress: bool) -> None:
+        """Stores all groups but the arguments and predictions."""
+        evidence: list[tuple[Tensor, ...]] = []
+        with progress_bar(len(self.all_rows) * len(self.counts), "draws for ArviZ", progress) as bar:
+            for rows in self.all_rows:
+                summary, stop = LogWeightSummary(self.num_samples), 0
+                for count in self.counts:
+                    draws, stop = slice(stop, stop + count), stop + count
+                    particles = self._put_chunk(draws, rows)
+                    if self.theta is None:
+                        summary.update(particles.log_weight)
+                    bar.update()
+                if self.theta is None:
+                    evidence.append(summary.result())
+                else:
+                    self._put_integrated(rows)
+        if self.theta is None:
+            self._put_evidence([torch.cat(parts) for parts in zip(*evidence, strict=True)])
+        else:
+            self.theta.put(self.groups)
+
+    def _put_chunk(self, draws: slice, rows: slice) -> Particles:
+        sampler, count = self.sampler, draws.stop - draws.start
+        size = (self.num_samples, sampler.num_points)
+        put = Chunk(self.groups, sampler, self.sites.variables, size, (draws, rows))
+        theta = {} if self.theta is None else self.theta.at(draws)
+        with sampler.given(theta):
+            guide_trace, model_trace = sampler.traces(count, rows, check=draws.start == 0)
+            values = {name: guide_trace.nodes[name]["value"] for name in self.drawn}
+            trace = model_trace
+            if sampler.pair.summed:
+                values |= draw_summed(sampler, values, self.sites.variables, count, rows)
+                trace = sampler.run(self.model, count, rows, values=values)
+            put.sites(trace, {"latent": "posterior", "computed": "posterior"})
+            put.log_probs(trace)
+            put.data(trace)
+            put.sites(sampler.run(self.generative, count, rows, values=values), {"observed": "posterior_predictive"})
+            particles = sampler.weigh(guide_trace, model_trace, count, rows)
+            if self.theta is None:
                 put.stats(particles)
-                summary.update(particles.log_weight)
-                bar.update()
-            points.append(summary.result())
-    _put_evidence(groups, sampler, [torch.cat(parts) for parts in zip(*points, strict=True)], observed)
-    skip = _put_arguments(groups, sampler, observed)
-    if predictions is not None:
-        _put_predictions(groups, sampler, variables, num_samples, predictions, skip)
+            else:
+                self.theta.add(draws, particles)
+        with sampler.given({} if self.theta is None else self.theta.prior(draws)):
+            prior = {"latent": "prior", "computed": "prior", "observed": "prior_predictive"}
+            put.sites(sampler.run(self.generative, count, rows), prior)
+        return particles
 
+    def _put_evidence(self, evidence: list[Tensor]) -> None:
+        """Stores the evidence of each data point, and log p(x_n) in log_likelihood."""
+        groups, plate = self.groups, self.plate
+        for name, value in zip(("log_evidence", "log_evidence_error", "ess", "pareto_khat"), evidence, strict=True):
+            groups.put("sample_stats", name, value if plate else value[0], [plate] if plate else [])
+        if plate is not None and self.sites.observed:
+            integrated = _from_the_others(groups.get("sample_stats", "log_weights"))
+            groups.put("log_likelihood", self.sites.together, integrated, [plate], draws=True)
 
-def _put_evidence(groups: Groups, sampler: ParticleSampler, evidence: list[Tensor], observed: set[str]) -> None:
-    """Stores the evidence of each data point, and log p(x_n) in log_likelihood."""
-    plate = sampler.layout.plate
-    for name, value in zip(("log_evidence", "log_evidence_error", "ess", "pareto_khat"), evidence, strict=True):
-        groups.put("sample_stats", name, value if plate else value[0], [plate] if plate else [])
-    if plate is not None and observed:
-        name = next(iter(observed)) if len(observed) == 1 else "joint"
-        groups.put(
-            "log_likelihood", name, _from_the_others(groups.get("sample_stats", "log_weights")), [plate], draws=True
-        )
+    def _put_integrated(self, rows: slice) -> None:
+        """Stores log p(x_n|θ) at each draw of θ."""
+        arrays = {name: self.groups.get("posterior", name)[:, rows] for name in locals_of(self.sampler)}
+        draws = {name: torch.from_numpy(array).to(self.sampler.layout.device) for name, array in arrays.items()}
+        likelihood = IntegratedLikelihood(self.sampler, rows, self.num_particles, self.theta.values, draws)
+        together = max(1, CELLS // ((rows.stop - rows.start) * (1 if likelihood.exact else self.num_particles)))
+        size = (self.num_samples, self.sampler.num_points)
+        variances = []
+        for start in range(0, self.num_samples, together):
+            at = slice(start, min(start + together, self.num_samples))
+            value, variance = likelihood(self.theta.at(at), at.stop - at.start)
+            self.groups.put(
+                "log_likelihood", self.sites.together, value, [self.plate], draws=True, at=(at, rows), size=size
+            )
+            self.theta.log_likelihood[at] += value.sum(1).cpu()
+            variances.append(variance)
+        if not likelihood.exact:
+            error = torch.cat(variances).mean(0).sqrt()
+            self.groups.put("sample_stats", "log_likelihood_error", error, [self.plate], at=(rows,), size=size[1:])
+
+    def put_arguments(self) -> set[str]:
+        """Stores the arguments that are not observed, and returns the names of the others."""
+        look, rows = self.sampler.pair.look, self.sampler.rows
+        arguments = named_tensors(self.model, rows.args, rows.kwargs)
+        probe = named_tensors(self.model, *rows.cut(slice(0, WINDOW)))  # what the look was at
+        if rows.fixed is not None:
+            index = look.subsamples()[self.plate]
+            probe |= {name: a[index] for name, a in arguments.items() if a.dim() and len(a) == rows.num_points}
+        skip = observed_arguments(probe, [self.look.nodes[name]["value"] for name in self.sites.observed])
+        sizes = plate_sizes(self.look, self.sites.variables)
+        sizes |= {} if self.plate is None else {self.plate: rows.num_points}
+        put_constants(self.groups, "constant_data", self.model, (rows.args, rows.kwargs), sizes, skip)
+        return skip
+
+    def put_predictions(self, arguments: tuple[tuple, dict], skip: set[str]) -> None:
+        """Stores new data, drawn from the model at the draws of θ, and what it was called with for them."""
+        variables = {name: self.sites.variables[name] for name in self.sites.observed}
+        with self.sampler.rows.using(*arguments):
+            with self.sampler.given({} if self.theta is None else self.theta.at(slice(0, 1))):
+                first = parts_of(self.sampler.run(self.generative, 1))[0]
+            sizes = plate_sizes(first, self.sites.observed)
+            sizes.pop(PARTICLE_PLATE, None)
+            size = sizes.get(self.plate, 1)
+            at_once = max(1, CELLS // size)
+            for start in range(0, self.num_samples, at_once):
+                at = slice(start, min(start + at_once, self.num_samples))
+                with self.sampler.given({} if self.theta is None else self.theta.at(at)):
+                    trace = self.sampler.run(self.generative, at.stop - at.start)
+                put = Chunk(self.groups, self.sampler, variables, (self.num_samples, size), (at, slice(0, size)))
+                put.sites(trace, {"observed": "predictions"})
+        put_constants(self.groups, "predictions_constant_data", self.model, arguments, sizes, skip)
 
 
 def _from_the_others(log_weights: np.ndarray) -> np.ndarray:
@@ -101,43 +174,3 @@ def _from_the_others(log_weights: np.ndarray) -> np.ndarray:
         return value.numpy()
     shares = (value - total).exp().clamp(max=1 - 1e-15)
     return (total + torch.log1p(-shares) - log(count - 1)).numpy()
-
-
-def _put_arguments(groups: Groups, sampler: ParticleSampler, observed: set[str]) -> set[str]:
-    """Stores the arguments that are not observed, and returns the names of the others."""
-    look, rows, plate = sampler.pair.look, sampler.rows, sampler.layout.plate
-    arguments = named_tensors(sampler.model, rows.args, rows.kwargs)
-    probe = named_tensors(sampler.model, *rows.cut(slice(0, WINDOW)))  # what the look was at
-    if rows.fixed is not None:
-        index = look.subsamples()[plate]
-        probe |= {name: a[index] for name, a in arguments.items() if a.dim() and len(a) == rows.num_points}
-    skip = observed_arguments(probe, [look.model.nodes[name]["value"] for name in observed])
-    sizes = plate_sizes(look.model, sampler.pair.sites) | ({} if plate is None else {plate: rows.num_points})
-    put_constants(groups, "constant_data", sampler.model, (rows.args, rows.kwargs), sizes, skip)
-    return skip
-
-
-def _put_predictions(
-    groups: Groups,
-    sampler: ParticleSampler,
-    variables: dict[str, Variable],
-    num_samples: int,
-    arguments: tuple[tuple, dict],
-    skip: set[str],
-) -> None:
-    """New data, drawn from the model, and what it was called with for them."""
-    observed = {name for name, variable in variables.items() if variable.role == "observed"}
-    with sampler.rows.using(*arguments):
-        first = parts_of(sampler.run(Release(observed)(sampler.model), 1))[0]
-        sizes = plate_sizes(first, observed)
-        sizes.pop(PARTICLE_PLATE, None)
-        size = sizes.get(sampler.layout.plate, 1)
-        at_once = max(1, CELLS // size)
-        new = {name: variable for name, variable in variables.items() if name in observed}
-        for start in range(0, num_samples, at_once):
-            draws = slice(start, min(start + at_once, num_samples))
-            trace = sampler.run(Release(observed)(sampler.model), draws.stop - draws.start)
-            Chunk(groups, sampler, new, (num_samples, size), (draws, slice(0, size))).sites(
-                trace, {"observed": "predictions"}
-            )
-    put_constants(groups, "predictions_constant_data", sampler.model, arguments, sizes, skip)

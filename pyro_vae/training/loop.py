@@ -66,10 +66,13 @@ def fit(
     batch, or all rows where the plate scales a batch up to them), so that it estimates −ELBO per data point.
 
     Args:
-        model: a Pyro model, called with the tensors of a batch.
+        model: a Pyro model, called with a batch. Arguments that all batches share are set by
+            `functools.partial(model, name=value)`, and the same of the guide.
         guide: its guide.
-        data: a tensor, a numpy array or memory map, a tuple of these with equal first dimensions (x, *context), or a
-            torch `DataLoader` of tensors or tuples. Floating numpy arrays take the dtype of the parameters.
+        data: a tensor, a numpy array or memory map, a tuple of these with equal first dimensions (x, *context), a dict
+            of them, which are passed as keyword arguments, or a torch `DataLoader`, whose tuples (or dicts) may hold
+            anything beside tensors. Floating numpy arrays take torch's default dtype. All rows come in one batch and in
+            their order where the guide has parameters for each of them, as `AutoNormal` has for latents of each row.
         num_epochs: passes over the data.
         batch_size: rows of a batch; the last of an epoch may be smaller. Unused with a DataLoader.
         learning_rate: of the default optimizer, Adam (fused where torch has it).
@@ -101,12 +104,15 @@ def fit(
     Raises:
         ValueError: empty or unequal data, rows that are not finite or outside the support of their likelihood, two
             modules under one name in Pyro's parameter store, a device that is not there, a checkpoint of another fit, a
-            loss that is not finite (the message names step, site and row; the last finite weights stay in place).
+            loss that is not finite (the message names step, site and row; the last finite weights stay in place),
+            sparse gradients, mini-batches where the guide has parameters for each row.
         TypeError: arguments of the wrong type or dtype.
 
     Warns:
         UserWarning: a learned scale of a likelihood that has collapsed; an objective that ends at a weight of the KL
-            term other than one, or has a capacity.
+            term other than one, or has a capacity; parameters that are trained here and that `pyro.infer.SVI` would
+            not train, as nobody registered them with `pyro.module` or `pyro.param`; latents outside of the data plate
+            in mini-batches that each count as all data.
 
     Example:
         >>> from pyro_vae import VAE

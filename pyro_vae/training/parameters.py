@@ -74,11 +74,10 @@ class Weights:
             trace: the `pyro.param` statements of a step, by which SVI finds what it trains.
         """
         registered = {id(_unconstrained(site["value"])) for site in trace.nodes.values() if site["type"] == "param"}
-        owner = {id(p): m for module in self.modules for m in module.modules() for p in m.parameters(recurse=False)}
+        modules = [m for module in self.modules for m in module.modules()]
+        own = {id(p): f"{n!r} of {type(m).__name__}" for m in modules for n, p in m.named_parameters(recurse=False)}
         names = [
-            f"{name!r} of {type(owner[id(p)]).__name__}" if id(p) in owner else name
-            for name, p in self.named.items()
-            if p.grad is not None and id(p) not in registered
+            own.get(id(p), name) for name, p in self.named.items() if p.grad is not None and id(p) not in registered
         ]
         if names:
             warn(

@@ -48,12 +48,13 @@ def check_parameters_of_rows(pair: Pair, batch: Batch, batches: Batches, validat
     found, n = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else ""), batches.num_rows
     ordered = batches.loader is None or isinstance(batches.loader.sampler, SequentialSampler)
     if batch.size != n or not ordered:
+        shuffled = "" if ordered else " that a DataLoader shuffles"
         raise ValueError(
             f"fit: expected all {n or ''} rows in one batch, in the same order each time, as there are parameters for "
-            f"each row of a batch ({found}); got batches of {batch.size} rows"
-            f"{'' if ordered else ' that a DataLoader shuffles'}, so that the parameters of a row would meet other "
-            f"rows. Try batch_size={n or 'all rows'}; or the rows' indices as data, with pyro.plate("
-            f'"{pair.plate}", {n or "N"}, subsample=index) in model and guide; or a network in the guide.'
+            f"each row of a batch ({found}); got batches of {batch.size} rows{shuffled}, so that the parameters of a "
+            f"row would meet other rows. Try batch_size={n or 'all rows'}; or the rows' indices as data, with "
+            f"pyro.plate({pair.plate!r}, {n or 'N'}, subsample=index) in model and guide (of an autoguide: "
+            "create_plates); or a network in the guide."
         )
     if validation is not None:
         raise ValueError(

@@ -119,7 +119,8 @@ def test_a_flow_bends_where_a_gaussian_cannot():
         "flow": ConditionalFlow(StandardNormal(2), [affine_autoregressive(2, [32]) for _ in range(2)]),
     }.items():
 
-        def guide(x, q=q):
+        def guide(x, q=q, name=name):
+            pyro.module(name, q)
             with pyro.plate("data", len(x)):
                 pyro.sample("z", q().expand((len(x),)))
 
@@ -235,6 +236,7 @@ def test_a_scale_that_depends_on_z_is_recovered():
     likelihood = ConditionalNormal(MLP(1, [32]), 1)
 
     def model(x, z):
+        pyro.module("likelihood", likelihood)
         with pyro.plate("data", len(x)):
             pyro.sample("x", likelihood(z), obs=x)
 

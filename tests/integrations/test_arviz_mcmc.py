@@ -103,7 +103,8 @@ def test_deterministic_sites_in_a_plate():
     mu, tau, raw = (flat(tree, "posterior", name) for name in ("mu", "tau", "raw"))
     theta = mu[:, None] + tau[:, None] * raw
     torch.testing.assert_close(flat(tree, "posterior", "theta"), theta)
-    torch.testing.assert_close(flat(tree, "log_likelihood", "y"), dist.Normal(theta, SIGMA).log_prob(Y))
+    conditional = flat(tree, "sample_stats", "log_p_y_given_latents")
+    torch.testing.assert_close(conditional, dist.Normal(theta, SIGMA).log_prob(Y))
     priors = [flat(tree, "prior", name) for name in ("mu", "tau", "raw", "theta")]
     torch.testing.assert_close(priors[3], priors[0][:, None] + priors[1][:, None] * priors[2])
     assert dims(tree, "observed_data") == {"y": "school"}
