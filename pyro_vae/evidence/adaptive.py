@@ -140,6 +140,7 @@ def adaptive_importance_sampling(
         num_particles,
         method="adaptive_importance_sampling",
         exact=exact_draw is not None,
+        bounded=True,
         smooth=smooth,
         correction=correction,
         chunk_size=chunk_size,

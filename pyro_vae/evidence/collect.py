@@ -24,6 +24,7 @@ def collect(
     *,
     method: str,
     exact: bool = False,
+    bounded: bool = False,
     smooth: bool = False,
     correction: str | None = None,
     chunk_size: int | None = None,
@@ -39,6 +40,7 @@ def collect(
         num_particles: K.
         method: name of the estimator.
         exact: the first particle of each row is an exact draw from the posterior, and passed alone: an upper bound.
+        bounded: whether a share of the draws comes from the prior, so that no weight exceeds p(x|z) over this share.
         smooth: replace the tail of the weights by that of the fitted Pareto distribution.
         correction: of the bias: None, "delta" or "jackknife".
         chunk_size: particles × rows of one pass.
@@ -67,4 +69,4 @@ def collect(
                     bar.update(log_weight.numel())
                 parts.append((*summary.result(), summary.num_zero))
     value, error, ess, khat, num_zero = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero)
+    return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero, bounded)

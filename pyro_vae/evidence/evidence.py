@@ -26,9 +26,10 @@ from math import log10, nan, sqrt
 import torch
 from torch import Tensor
 
-__all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence", "khat_threshold"]
+__all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence", "is_trusted", "khat_threshold"]
 
 LOWER_BOUND = "lower bound on log p(x) in expectation"
+NEARLY_EQUAL = 0.9  # effective sample size as a share of K: weights have a coefficient of variation below one third
 UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
 NO_BOUND = "estimate of log p(x), neither a lower nor an upper bound"
 
@@ -48,6 +49,7 @@ class Evidence:
         method: name of the estimator.
         num_zero: how many of the K weights are zero, (N,), int64. A weight is zero if its draw lies outside the
             prior's support, or if x is impossible given the draw.
+        bounded: whether no weight exceeds p(x|z)/a, as a share a of the draws comes from the prior.
     """
 
     log_evidence: Tensor
@@ -58,6 +60,7 @@ class Evidence:
     bound: str
     method: str
     num_zero: Tensor | None = None
+    bounded: bool = False
 
     @property
     def threshold(self) -> float:
@@ -66,8 +69,13 @@ class Evidence:
 
     @property
     def doubtful(self) -> Tensor:
-        """Which points not to trust, (N,), bool: k-hat is too large or unknown, or the estimate is not finite."""
-        return ~(self.pareto_khat <= self.threshold) | ~torch.isfinite(self.log_evidence)
+        """Which points not to trust, (N,), bool: k-hat is too large or unknown, or the estimate is not finite.
+
+        Bounded weights that are nearly equal (ESS above 0.9 K) are trusted whatever k-hat is, which looks at the shape
+        of their tail alone, however little the tail amounts to.
+        """
+        trusted = is_trusted(self.pareto_khat, self.effective_sample_size, self.num_particles, bounded=self.bounded)
+        return ~trusted | ~torch.isfinite(self.log_evidence)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -114,3 +122,9 @@ class Evidence:
 def khat_threshold(num_particles: int) -> float:
     """The largest k-hat to trust with K particles, min(1 − 1/log₁₀ K, 0.7); NaN for K < 21 (k-hat unknown)."""
     return min(1 - 1 / log10(num_particles), 0.7) if num_particles > 20 else nan
+
+
+def is_trusted(khat: Tensor, effective_sample_size: Tensor, num_particles: int, *, bounded: bool) -> Tensor:
+    """Whether k-hat is small enough, or weights that are bounded are nearly equal."""
+    trusted = khat <= khat_threshold(num_particles)
+    return trusted | (effective_sample_size > NEARLY_EQUAL * num_particles) if bounded else trusted

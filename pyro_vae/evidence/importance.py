@@ -138,6 +138,7 @@ def importance_sampling(
         num_particles,
         method="importance_sampling",
         exact=exact_draw is not None,
+        bounded=num_prior > 0,
         smooth=smooth,
         correction=correction,
         chunk_size=chunk_size,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.arrow import fit_arrow, good_width
-from pyro_vae.evidence.evidence import khat_threshold
+from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.local_weights import ArrowWeights, GuideWeights, chunks
 from pyro_vae.evidence.log_weights import LogWeightSummary
@@ -56,6 +56,7 @@ class LogLikelihood(Tensor):
         effective_sample_size: of the K particles, (S, N).
         pareto_khat: tail shape of the weights, (S, N); −inf where nothing had to be integrated out.
         num_particles: K.
+        bounded: whether a share of the particles comes from the prior, so that weights are bounded.
         globals: the draws θ_s, {site: (S, *plates, *event)}.
         log_weight: log p(θ_s) + Σ_n log p(x_n|θ_s) − log q(θ_s), (S,), nats; None where q(θ) is not known.
     """
@@ -66,6 +67,7 @@ class LogLikelihood(Tensor):
     effective_sample_size: Tensor
     pareto_khat: Tensor
     num_particles: int
+    bounded: bool
     globals: dict[str, Tensor]
     log_weight: Tensor | None
 
@@ -77,9 +79,8 @@ class LogLikelihood(Tensor):
     @property
     def doubtful(self) -> Tensor:
         """Which numbers not to trust, (S, N), bool: k-hat is too large or unknown, or the estimate is not finite."""
-        if self.num_particles == 1 and (self.pareto_khat == -inf).all():
-            return ~torch.isfinite(self.as_subclass(Tensor))
-        return ~(self.pareto_khat <= self.threshold) | ~torch.isfinite(self.as_subclass(Tensor))
+        trusted = is_trusted(self.pareto_khat, self.effective_sample_size, self.num_particles, bounded=self.bounded)
+        return ~(trusted | (self.pareto_khat == -inf)) | ~torch.isfinite(self.as_subclass(Tensor))
 
     def __repr__(self) -> str:
         value, khat = self.as_subclass(Tensor), self.pareto_khat
@@ -187,7 +188,7 @@ def integrated_log_likelihood(
             arrow = fit_arrow(density).widened(1.0, good_width(density.dim))
             weights = ArrowWeights(density, arrow, density.globals_of(draw.values, len(draw.log_p)))
         found = summarize(weights, sampler, len(draw.log_p), num_particles, progress=progress)
-    return _result(sampler, draw, found, num_particles, factored and draws is None)
+    return _result(sampler, draw, found, num_particles, factored and draws is None, weights.bounded)
 
 
 def summarize(
@@ -216,13 +217,13 @@ def summarize(
 
 
 def _result(
-    sampler: ParticleSampler, draw: Outside, found: list[Tensor], num_particles: int, weighed: bool
+    sampler: ParticleSampler, draw: Outside, found: list[Tensor], num_particles: int, weighed: bool, bounded: bool
 ) -> LogLikelihood:
     value, error, ess, khat = found
     if not sampler.pair.has_locals:
         error, khat = torch.zeros_like(error), torch.full_like(khat, -inf)
     result = value.as_subclass(LogLikelihood)
     result.standard_error, result.effective_sample_size, result.pareto_khat = error, ess, khat
-    result.num_particles, result.globals = num_particles, draw.latents
+    result.num_particles, result.bounded, result.globals = num_particles, bounded, draw.latents
     result.log_weight = draw.log_p + value.sum(1) - draw.log_q if weighed else None
     return result

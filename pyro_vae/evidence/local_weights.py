@@ -65,7 +65,7 @@ class GuideWeights:
         values: of the sites outside, as `ParticleSampler.given` takes them.
     """
 
-    all_rows = False
+    all_rows, bounded = False, False
 
     def __init__(self, sampler: ParticleSampler, values: Mapping[str, Tensor]) -> None:
         self.sampler, self.values = sampler, dict(values)
@@ -94,7 +94,7 @@ class ArrowWeights:
         prior_share: of the draws.
     """
 
-    all_rows = True
+    all_rows, bounded = True, True
 
     def __init__(self, density: JointDensity, arrow: Arrow, g: Tensor, *, prior_share: float = PRIOR_SHARE) -> None:
         self.density, self.arrow, self.g, self.prior_share = density, arrow, g, prior_share

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_vae.evidence.adaptive import adapted_draws
 from pyro_vae.evidence.annealed import annealed_draws
 from pyro_vae.evidence.density import LatentDensity
-from pyro_vae.evidence.evidence import khat_threshold
+from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.joint_draws import JointDraws, data_plate
 from pyro_vae.evidence.log_weights import LogWeightSummary
@@ -46,22 +46,30 @@ class PosteriorDraws(dict[str, Tensor]):
         effective_sample_size: of the K particles, of the same shape.
         pareto_khat: of their weights, of the same shape: above `threshold`, do not trust the draws.
         num_particles: K.
+        bounded: whether a share of the particles comes from the prior, so that weights are bounded.
     """
 
-    def __init__(self, draws: dict[str, Tensor], summary: tuple[Tensor, ...], num_particles: int) -> None:
+    def __init__(
+        self, draws: dict[str, Tensor], summary: tuple[Tensor, ...], num_particles: int, *, bounded: bool
+    ) -> None:
         super().__init__(draws)
         self.log_evidence, _, self.effective_sample_size, self.pareto_khat = summary
-        self.num_particles = num_particles
+        self.num_particles, self.bounded = num_particles, bounded
 
     @property
     def threshold(self) -> float:
         """The largest k-hat to trust, as in `Evidence`."""
         return khat_threshold(self.num_particles)
 
+    @property
+    def doubtful(self) -> Tensor:
+        """Which points' draws not to trust, bool."""
+        return ~is_trusted(self.pareto_khat, self.effective_sample_size, self.num_particles, bounded=self.bounded)
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.items())
         ess, khat = self.effective_sample_size, self.pareto_khat
-        doubtful = ~(khat <= self.threshold)
+        doubtful = self.doubtful
         return "\n".join(
             [
                 f"Posterior draws of {shapes}, resampled from {self.num_particles} particles",
@@ -172,7 +180,8 @@ def _resample(
     latents = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
     if sampler.layout.plate is None:
         latents = {name: z[:, 0] for name, z in latents.items()}
-    return PosteriorDraws(latents, tuple(torch.cat(c) for c in zip(*summaries, strict=True)), num_particles)
+    summary = tuple(torch.cat(c) for c in zip(*summaries, strict=True))
+    return PosteriorDraws(latents, summary, num_particles, bounded=method == "adaptive")
 
 
 def _draws(sampler: ParticleSampler, rows: slice, method: str, num_particles: int) -> Draw:
@@ -203,7 +212,7 @@ def _resample_jointly(joint: JointDraws, num_samples: int, num_particles: int, p
             bar.update(len(g))
     log_weight, g, u = (torch.cat(column) for column in zip(*parts, strict=True))
     index = _chosen(log_weight.unsqueeze(1), num_samples)[:, 0]
-    return PosteriorDraws(joint.density.latents(g[index], u[index]), summary.result(), num_particles)
+    return PosteriorDraws(joint.density.latents(g[index], u[index]), summary.result(), num_particles, bounded=True)
 
 
 def _chosen(log_weight: Tensor, num_samples: int) -> Tensor:
