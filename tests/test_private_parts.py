@@ -28,6 +28,7 @@ PARTS = [
     ("pyro.infer.TraceMeanField_ELBO", "_differentiable_loss_particle", "objectives: BetaELBO overrides it"),
     ("a module of Pyro", "_pyro_samples", "models: weights with priors are sampled outside of plates"),
     ("a module of Pyro", "_pyro_context", "models: weights with priors are sampled once in a run"),
+    ("torch", "_C", "evidence: LogLikelihood"),
     ("torch._C", "_disabled_torch_function_impl", "evidence: operations on LogLikelihood give plain tensors"),
     ("MCMC that has run", "_args", "integrations: from_pyro"),
     ("MCMC that has run", "_kwargs", "integrations: from_pyro"),
