@@ -26,6 +26,10 @@ PARTS = [
     ("pyro.infer.Trace_ELBO", "_get_trace", "objectives, compiled: the traces that an ELBO makes are taken or changed"),
     ("pyro.infer.TraceMeanField_ELBO", "_get_traces", "objectives: BetaELBO"),
     ("pyro.infer.TraceMeanField_ELBO", "_differentiable_loss_particle", "objectives: BetaELBO overrides it"),
+    ("a module of Pyro", "_pyro_samples", "models: weights with priors are sampled outside of plates"),
+    ("a module of Pyro", "_pyro_context", "models: weights with priors are sampled once in a run"),
+    ("torch", "_C", "evidence: LogLikelihood"),
+    ("torch._C", "_disabled_torch_function_impl", "evidence: operations on LogLikelihood give plain tensors"),
     ("MCMC that has run", "_args", "integrations: from_pyro"),
     ("MCMC that has run", "_kwargs", "integrations: from_pyro"),
     ("MCMC that has run", "_diagnostics", "integrations: divergences in from_pyro"),
@@ -106,6 +110,7 @@ def adam(**options):
 
 
 INSTANCES = {
+    "a module of Pyro": pyro.nn.PyroModule,
     "MCMC that has run": mcmc,
     "NUTS": lambda: NUTS(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))),
     "a masked distribution": lambda: dist.Normal(0.0, 1.0).mask(torch.tensor(True)),

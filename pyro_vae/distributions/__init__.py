@@ -1,5 +1,11 @@
 """Families of conditional distributions, in the roles of prior p(z), likelihood p(x|z) and posterior q(z|x)."""
 
+from pyro_vae.distributions.bounded import (
+    ConditionalDirichlet,
+    ConditionalGamma,
+    ConditionalLogNormal,
+    ConditionalTruncatedNormal,
+)
 from pyro_vae.distributions.conditional import Conditional
 from pyro_vae.distributions.continuous import (
     ConditionalBeta,
@@ -32,7 +38,10 @@ __all__ = [
     "ConditionalCategorical",
     "ConditionalContinuousBernoulli",
     "ConditionalDelta",
+    "ConditionalDirichlet",
     "ConditionalFlow",
+    "ConditionalGamma",
+    "ConditionalLogNormal",
     "ConditionalLowRankMultivariateNormal",
     "ConditionalMultivariateNormal",
     "ConditionalNegativeBinomial",
@@ -41,6 +50,7 @@ __all__ = [
     "ConditionalPoisson",
     "ConditionalProduct",
     "ConditionalStudentT",
+    "ConditionalTruncatedNormal",
     "GaussianMixture",
     "LearnedScale",
     "MultivariateNormal",

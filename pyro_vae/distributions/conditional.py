@@ -42,11 +42,11 @@ class Conditional(Broadcasting):
 
     Example:
         >>> import pyro.distributions as dist
-        >>> class ConditionalGamma(Conditional):  # your own family
+        >>> class ConditionalWeibull(Conditional):  # your own family
         ...     num_parameters = 2
-        ...     def distribution(self, shape, rate):
-        ...         return dist.Gamma(positive(shape), positive(rate)).to_event(len(self.event_shape))
-        >>> ConditionalGamma(nn.Linear(2, 16), 5)(torch.zeros(3, 2)).sample().shape
+        ...     def distribution(self, scale, concentration):
+        ...         return dist.Weibull(positive(scale), positive(concentration)).to_event(len(self.event_shape))
+        >>> ConditionalWeibull(nn.Linear(2, 16), 5)(torch.zeros(3, 2)).sample().shape
         torch.Size([3, 5])
     """
 

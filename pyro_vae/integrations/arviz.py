@@ -1,13 +1,15 @@
 """ArviZ: Pyro models and their inference as `InferenceData` (ArviZ 0.2x) or `xarray.DataTree` (ArviZ 1.x).
 
-Both hold the same groups, variables, dimensions and coordinates, and can be saved to netCDF. The dimensions are (chain,
-draw), then one named after each plate, then those of the event, which the user names or which are `site_dim_0`, ….
+Both hold the same groups, variables, dimensions and coordinates, and can be saved to netCDF and zarr. The dimensions
+are (chain, draw), then one named after each plate, then those of the event, which the user names or which are
+`site_dim_0`, ….
 
-The draws of an amortized posterior are independent, so that R-hat and MCMC's effective sample size say nothing about
-them. `sample_stats` does: it holds the importance weights of the draws and, for each data point, the evidence, its
-effective sample size and k-hat. `log_likelihood` is log p(x|z), given the latents of the same data point, so that
-its leave-one-out cross-validation (`az.loo`) does not compare models. To compare models, use `log_evidence`, the
-marginal log p(x), of held-out data.
+Draws of a guide are independent, so that R-hat and MCMC's effective sample size say nothing about them. `sample_stats`
+does: it holds the importance weights of the draws, the evidence, its effective sample size and k-hat.
+
+`log_likelihood` is what `az.loo` and `az.compare` need: log p(x_n|θ), with the latents that belong to data point n
+integrated out. With the terms log p(x_n|z_n, θ), of sample_stats, leave-one-out fails: one data point is all that is
+known of its z_n (`pyro_vae.integrations.arviz_integrated`).
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch
 
 from pyro_vae.integrations.arviz_arguments import called_with
 from pyro_vae.integrations.arviz_groups import Dims, Groups
-from pyro_vae.integrations.arviz_mcmc import MCMCRuns, put_draws, put_statistics
+from pyro_vae.integrations.arviz_mcmc import MCMCRuns
 from pyro_vae.integrations.arviz_sites import find_plate
+from pyro_vae.integrations.arviz_statistics import put_draws, put_statistics
 from pyro_vae.integrations.arviz_svi import Sampled
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
@@ -44,6 +47,7 @@ def from_pyro_svi(
     num_particles: int = 100,
     plate: str | None = "auto",
     parallel: bool | str = "auto",
+    resample: bool = False,
     seed: int | None = None,
     predictions: Any = None,
     coords: Mapping[str, Any] | None = None,
@@ -56,29 +60,42 @@ def from_pyro_svi(
 
     Groups:
 
-    - posterior: draws of the guide; `pyro.deterministic` sites, and latents that were reparametrised by their original
-      names; discrete latents that the guide leaves to enumeration are drawn given the others, by
-      `pyro.infer.infer_discrete`.
-    - log_likelihood: log p(x_n), with the latents of the data point integrated out by importance sampling. For each
-      draw it is estimated from all others, so that `az.loo` gives Σ log p(x_n), with the k-hats of the weights, and
-      `az.compare` compares models.
-    - sample_stats: for each draw `log_p` (log p(x, z)), `log_q` (log q(z|x)) and `log_weights` (their difference), and
-      for each observed site x `log_p_x_given_latents` (log p(x|z)), per element of the innermost plates. For each data
-      point `log_evidence`, its `log_evidence_error`, `ess` and `pareto_khat`, by importance sampling with these draws.
+    - posterior: draws of the guide, of latents inside the plate of data points and outside of it (globals θ);
+      `pyro.deterministic` sites, and latents that were reparametrised by their original names; discrete latents that
+      the guide leaves to enumeration are drawn given the others, by `pyro.infer.infer_discrete`.
+    - log_likelihood: log p(x_n|θ) at each draw of θ, with the latents of the data point integrated out, by importance
+      sampling with `num_particles` draws (`log_likelihood_error` in sample_stats has the standard error of each point,
+      as root mean square over draws of θ). Without θ it is log p(x_n), for each draw estimated from all others. So
+      `az.loo` leaves out data points with all that belongs to them, and `az.compare` compares models. Without θ, it
+      gives Σ log p(x_n), with the k-hats of the weights.
+    - sample_stats: for each draw `log_p`, `log_q` and `log_weights`, their difference; and by importance sampling with
+      these draws `log_evidence`, its `log_evidence_error`, `ess` and `pareto_khat`. Without θ they are log p(x_n, z_n),
+      log q(z_n|x_n) and log p(x_n) of each data point. With θ they are log p(x, θ), log q(θ) and the joint log p(x),
+      with the latents of data points integrated out; or log p(x, z, θ) and log q(z, θ), where a guide draws all latents
+      together. For each observed site x, `log_p_x_given_latents` has log p(x|z, θ) per element of the innermost plates.
     - log_prior: of each latent, in its own coordinates, for `az.psense`.
-    - posterior_predictive (x ~ p(x|z) for each draw), prior, prior_predictive, observed_data, and constant_data:
+    - posterior_predictive (x ~ p(x|z, θ) for each draw), prior, prior_predictive, observed_data, and constant_data:
       tensors that the model was called with, and does not observe.
 
-    All log-probabilities are in nats.
+    All log-probabilities are in nats. The attribute `data_plate` of each group names the plate of data points.
 
     Args:
         model: a Pyro model.
         guide: its guide.
         *args: what both are called with.
-        num_samples: number of draws.
-        plate: name of the plate of data points; None takes all data as one point, which has no log_likelihood.
+        num_samples: S, number of draws.
+        num_particles: draws of the latents of a data point for each draw of θ, that integrate them out.
+        plate: name of the plate of data points. "auto": "data", or the one that all observed sites are in; of several
+            the one that has latents in it, or else the outermost, with a warning. None, or no such plate: all data are
+            one point, which has no log_likelihood.
+        parallel: whether many draws run at once: True; False, one at a time; or "auto", at once where the pair allows
+            it, and otherwise one at a time with a warning.
+        resample: draw posterior and what follows from it anew from the S draws, by their weights: of each data point,
+            or with θ of all latents together. About `ess` of them are different ones, and they are no better than
+            `pareto_khat` says.
+        seed: of the draws; None draws on from torch's generator.
         predictions: arguments of the model with new data: a tuple, or a dict by name. Adds predictions (new data drawn
-            from the model) and predictions_constant_data.
+            from the model at the draws of θ) and predictions_constant_data.
         coords: {dimension: labels}; default 0, 1, 2, …
         dims: {site: names of its event dimensions, or of all that follow (chain, draw)}.
         stack: {name: dimension}: the sites name_0, name_1, … of a loop become one variable, with this dimension.
@@ -116,7 +133,7 @@ def from_pyro_svi(
     groups.everywhere["data_plate"] = "none" if plate is None else plate
     with torch.no_grad(), evaluation_mode(model, guide):
         sampled = Sampled(groups, sampler, num_samples, num_particles)
-        sampled.put(progress)
+        sampled.put(progress, resample)
         observed = sampled.put_arguments()
         if predictions is not None:
             sampled.put_predictions(called_with(predictions), observed)
@@ -146,8 +163,11 @@ def from_pyro(
       with the log-determinants of their transformations; `log_p_x_given_latents` for each observed site x, per element
       of the innermost plates. Energy, acceptance rate, steps and tree depth are there if the kernel kept them:
       `MCMC(with_statistics(NUTS(model)), …)`.
-    - log_likelihood: the same terms, for `az.loo`; where discrete latents of each data point are summed out,
-      log p(x_n|θ) without them. log_prior: of each latent, in its own coordinates, for `az.psense`.
+    - log_likelihood: the same terms; or, if latents are in the plate of the data points x_n, log p(x_n|θ) with these
+      integrated out, by importance sampling with `num_particles` draws for each draw of θ (`log_likelihood_error` in
+      sample_stats has the standard error of each point), or summed, if they are discrete. So `az.loo` leaves out data
+      points with all that belongs to them.
+    - log_prior: of each latent, in its own coordinates, for `az.psense`.
     - posterior_predictive, prior, prior_predictive (as many draws as one chain has), observed_data, and constant_data:
       tensors that the model was called with, and does not observe.
 
@@ -157,6 +177,9 @@ def from_pyro(
         mcmc: a `pyro.infer.MCMC` after `run`.
         predictions: arguments of the model with new data: a tuple, or a dict by name. Adds predictions (new data drawn
             given the latents that are no data point's own) and predictions_constant_data.
+        num_particles: draws of the latents of a data point, that integrate them out. 0 leaves log_likelihood as given
+            these latents: where each data point has its own, `az.loo` then has too small errors, or none (k-hat).
+        seed: of the draws; None draws on from torch's generator.
         coords: {dimension: labels}; default 0, 1, 2, …
         dims: {site: names of its event dimensions, or of all that follow (chain, draw)}.
         stack: {name: dimension}: the sites name_0, name_1, … of a loop become one variable, with this dimension.
@@ -197,7 +220,5 @@ def from_pyro(
                 runs.draw(i, new)
                 bar.update()
         integrated = runs.integrate(num_particles)
-    runs.put(groups, integrated)
-    if new is not None:
-        runs.put_predictions_arguments(groups, new)
+    runs.put(groups, integrated, new)
     return groups.tree()

@@ -37,6 +37,7 @@ GROUPS = (
     "constant_data",
     "predictions_constant_data",
 )
+FOLLOWING = ("posterior", "posterior_predictive", "log_prior", CONDITIONAL)  # from the latents of each draw
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,29 @@ class Groups:
     def get(self, group: str, name: str) -> np.ndarray:
         """The array of a variable as it was put."""
         return self._arrays[group][name].array
+
+    def take(self, index: np.ndarray, plate: str | None) -> None:
+        """Takes draws at an index in what follows from the latents: one for all, (S,), or for each row of a plate."""
+        for group in (*FOLLOWING, *(["log_likelihood"] if plate is None else [])):
+            for name, variable in self._arrays[group].items():
+                if plate is None:
+                    array = variable.array[index]
+                elif variable.batch[:1] == (plate,):
+                    shape = index.shape + (1,) * (variable.array.ndim - 2)
+                    array = np.take_along_axis(variable.array, index.reshape(shape), 0)
+                else:
+                    raise ValueError(
+                        f"resample: {name!r} is computed from several data points, whose draws are resampled by "
+                        "themselves. Try to compute it inside the plate, or from the resampled draws."
+                    )
+                self._arrays[group][name] = replace(variable, array=array)
+        stats = self._arrays["sample_stats"]
+        for name in ("log_p", "log_q"):
+            array = stats[name].array
+            stats[name] = replace(
+                stats[name], array=array[index] if plate is None else np.take_along_axis(array, index, 0)
+            )
+        del stats["log_weights"]  # those that were drawn have equal ones
 
     def tree(self) -> Any:
         """An `arviz.InferenceData` with ArviZ 0.2x, an `xarray.DataTree` with ArviZ 1.x."""

@@ -17,16 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import log
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.proposals import Gaussians, defined
-from pyro_vae.pairs.sites import base_distribution, is_inside
+from pyro_vae.pairs.sites import is_inside
+from pyro_vae.pairs.validity import is_factored
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["CELLS", "IntegratedLikelihood", "has_local_density", "integrated_at", "locals_of"]
+__all__ = ["CELLS", "IntegratedLikelihood", "integrated_at", "locals_of"]
 
 CELLS = 2**16  # draws × rows in one pass
 
@@ -63,7 +63,7 @@ class IntegratedLikelihood:
         if self.exact:
             return
         density = _Locals(sampler, rows)
-        if density.dim > MOST_DIMENSIONS and has_local_density(sampler):
+        if density.dim > MOST_DIMENSIONS and is_factored(sampler.pair):
             return
         count = len(next(iter(draws.values())))
         some = torch.linspace(0, count - 1, min(count, MOST_FITTED)).round().long()
@@ -147,15 +147,6 @@ def locals_of(sampler: ParticleSampler) -> set[str]:
     nodes = sampler.pair.look.model.nodes
     names = sampler.pair.latents - sampler.pair.summed
     return {name for name in names if is_inside(nodes[name], sampler.layout.plate)}
-
-
-def has_local_density(sampler: ParticleSampler) -> bool:
-    """Whether the guide draws the latents inside of the plate from densities there: none is a point given what is
-    outside."""
-    sites = {n: s for n, s in sampler.pair.look.guide.nodes.items() if s["type"] == "sample"}
-    inside = [n for n, s in sites.items() if is_inside(s, sampler.layout.plate) and not s["is_observed"]]
-    points = [n for n in inside if isinstance(base_distribution(sites[n]["fn"]), dist.Delta)]
-    return len(points) <= len(inside) - len(points)  # each point is the image of an auxiliary site inside
 
 
 class _Locals(LatentDensity):

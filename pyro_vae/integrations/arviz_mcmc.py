@@ -21,35 +21,7 @@ from pyro_vae.pairs.handlers import SetValues
 from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.sites import site_log_prob
 
-__all__ = ["MCMCRuns", "put_draws", "put_statistics"]
-
-
-def put_statistics(groups: Groups, mcmc: Any, samples: dict[str, Tensor]) -> None:
-    """Stores divergences and what `with_statistics` kept."""
-    chains, draws = next(iter(samples.values())).shape[:2]
-    kept: list[dict] = [diagnostics.get("statistics", {}) for diagnostics in mcmc._diagnostics]
-    statistics = {name: torch.tensor([chain[name] for chain in kept]) for name in kept[0]}
-    diverging = torch.zeros(chains, draws, dtype=torch.bool)
-    for chain, diagnostics in enumerate(mcmc._diagnostics):
-        diverging[chain, list(diagnostics.get("divergences", []))] = True
-    if chains == 1 and "step_size" not in statistics and hasattr(mcmc.kernel, "step_size"):
-        statistics["step_size"] = torch.full((1, draws), float(mcmc.kernel.step_size))  # which the warm-up has fixed
-    for name, value in {"diverging": diverging, **statistics}.items():
-        groups.put("sample_stats", name, value.flatten(0, 1), [], draws=True)
-    rates = [diagnostics.get("acceptance rate") for diagnostics in mcmc._diagnostics]
-    if all(rate is not None for rate in rates):
-        groups.attributes["sample_stats"] = {"fraction_accepted": sum(map(float, rates)) / chains}
-
-
-def put_draws(groups: Groups, mcmc: Any, samples: dict[str, Tensor]) -> None:
-    """Stores the draws of a kernel without a model, and lp, minus its potential function."""
-    flat = {name: value.flatten(0, 1) for name, value in samples.items()}
-    for name, value in flat.items():
-        groups.put("posterior", name, value, [], draws=True)
-    unconstrained = {name: mcmc.transforms[name](v) if name in mcmc.transforms else v for name, v in flat.items()}
-    count = len(next(iter(flat.values())))
-    lp = [-mcmc.kernel.potential_fn({name: u[i] for name, u in unconstrained.items()}) for i in range(count)]
-    groups.put("sample_stats", "lp", torch.stack(lp), [], draws=True)
+__all__ = ["MCMCRuns"]
 
 
 class MCMCRuns:
@@ -199,8 +171,14 @@ class MCMCRuns:
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def put(self, groups: Groups, integrated: tuple[Tensor, Tensor] | None) -> None:
-        """Stores the values of all runs, and log p(x_n|θ) with its error where latents were integrated out."""
+    def put(
+        self,
+        groups: Groups,
+        integrated: tuple[Tensor, Tensor] | None,
+        predictions: tuple[tuple, dict] | None,
+    ) -> None:
+        """Stores the values of all runs, log p(x_n|θ) with its error where latents were integrated out, and what the
+        model was called with."""
         groups.rows = self.sites.plate
         if integrated is not None:
             self._values = {key: value for key, value in self._values.items() if key[0] != "log_likelihood"}
@@ -221,10 +199,8 @@ class MCMCRuns:
         for name in self.sites.observed:
             groups.put("observed_data", name, *self.sites.variables[name].aligned(self.first.nodes[name]["value"]))
         self._put_arguments(groups, "constant_data", (self.args, self.kwargs), self.first)
-
-    def put_predictions_arguments(self, groups: Groups, arguments: tuple[tuple, dict]) -> None:
-        """Stores the tensors of the new data that the model does not observe."""
-        self._put_arguments(groups, "predictions_constant_data", arguments, self.predicted)
+        if predictions is not None:
+            self._put_arguments(groups, "predictions_constant_data", predictions, self.predicted)
 
     def _put_arguments(self, groups: Groups, group: str, arguments: tuple[tuple, dict], trace: poutine.Trace) -> None:
         named = named_tensors(self.model, self.args, self.kwargs)

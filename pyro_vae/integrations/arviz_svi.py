@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from math import log
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +13,10 @@ from pyro_vae.integrations.arviz_groups import Groups
 from pyro_vae.integrations.arviz_integrated import CELLS, IntegratedLikelihood, locals_of
 from pyro_vae.integrations.arviz_sites import ModelSites, Release, plate_sizes
 from pyro_vae.integrations.arviz_theta import Theta
+from pyro_vae.integrations.arviz_weights import from_the_others, resampled
 from pyro_vae.pairs.rows import WINDOW
 from pyro_vae.pairs.sites import is_inside
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
-from pyro_vae.particles.outside import check_constants
 from pyro_vae.particles.particles import Particles
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.particles.serial import parts_of
@@ -50,10 +47,8 @@ class Sampled:
             self.all_rows = [slice(0, sampler.num_points)]  # it may hold all rows
         outside = [name for name in self.sites.latents if not is_inside(self.look.nodes[name], self.plate)]
         self.theta = Theta(sampler, num_samples) if outside else None
-        if self.theta is None:
-            check_constants(sampler)
 
-    def put(self, progress: bool) -> None:
+    def put(self, progress: bool, resample: bool) -> None:
         """Stores all groups but the arguments and predictions."""
         evidence: list[tuple[Tensor, ...]] = []
         with progress_bar(len(self.all_rows) * len(self.counts), "draws for ArviZ", progress) as bar:
@@ -72,7 +67,18 @@ class Sampled:
         if self.theta is None:
             self._put_evidence([torch.cat(parts) for parts in zip(*evidence, strict=True)])
         else:
-            self.theta.put(self.groups)
+            self.theta.put(self.groups, joint=resample)
+        if resample:
+            self._resample()
+
+    def _resample(self) -> None:
+        """Draws what follows from the latents anew, by the weights of the draws."""
+        log_weights = torch.from_numpy(self.groups.get("sample_stats", "log_weights"))
+        index = resampled(log_weights)
+        plate = None if self.theta is not None else self.plate
+        self.groups.take(index.numpy(), plate)
+        if self.theta is not None:
+            self.theta.take(index)
 
     def _put_chunk(self, draws: slice, rows: slice) -> Particles:
         sampler, count = self.sampler, draws.stop - draws.start
@@ -106,7 +112,7 @@ class Sampled:
         for name, value in zip(("log_evidence", "log_evidence_error", "ess", "pareto_khat"), evidence, strict=True):
             groups.put("sample_stats", name, value if plate else value[0], [plate] if plate else [])
         if plate is not None and self.sites.observed:
-            integrated = _from_the_others(groups.get("sample_stats", "log_weights"))
+            integrated = from_the_others(groups.get("sample_stats", "log_weights"))
             groups.put("log_likelihood", self.sites.together, integrated, [plate], draws=True)
 
     def _put_integrated(self, rows: slice) -> None:
@@ -160,17 +166,3 @@ class Sampled:
                 put = Chunk(self.groups, self.sampler, variables, (self.num_samples, size), (at, slice(0, size)))
                 put.sites(trace, {"observed": "predictions"})
         put_constants(self.groups, "predictions_constant_data", self.model, arguments, sizes, skip)
-
-
-def _from_the_others(log_weights: np.ndarray) -> np.ndarray:
-    """log p(x_n) for each draw, as the other draws estimate it, (S, N): log Σ_{k≠s} w_kn − log(S − 1).
-
-    The same number for all draws would be as right, but has no tail for `az.loo` to fit. These differ by what one draw
-    adds, 1/S of it where weights are equal, so that Pareto's k of `az.loo` is that of the importance weights.
-    """
-    value = torch.from_numpy(log_weights).double()
-    total, count = value.logsumexp(0), len(value)
-    if count == 1:
-        return value.numpy()
-    shares = (value - total).exp().clamp(max=1 - 1e-15)
-    return (total + torch.log1p(-shares) - log(count - 1)).numpy()

@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import LocScaleReparam
-from trees import ARVIZ_1, GROUPS, dims, groups
+from trees import ARVIZ_1, GROUPS, dims, flat, groups
 
 from pyro_vae import from_pyro
 
@@ -41,10 +41,6 @@ def run(model, *args, num_samples=30, warmup_steps=50, **kwargs):
     mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=True)
     mcmc.run(*args, **kwargs)
     return mcmc
-
-
-def flat(tree, group, name):
-    return torch.tensor(tree[group][name].values[0])
 
 
 def regression(predictor, y):

@@ -12,15 +12,10 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
-from trees import GROUPS, dims, groups
+from trees import GROUPS, dims, flat, groups
 from truths import LinearGaussian
 
 from pyro_vae import from_pyro_svi
-
-
-def flat(tree, group, name):
-    return torch.tensor(tree[group][name].values[0])
-
 
 NOISE = torch.ones(3)
 
@@ -40,14 +35,9 @@ def guide(x, noise=None):
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).expand([len(x), 2]).to_event(1))
 
 
-@pytest.mark.parametrize("rows", [6, 5000])
-@pytest.mark.parametrize("parallel", [True, False])
-def test_deterministic_sites(rows, parallel, monkeypatch):
-    if not parallel:
-        if rows > 6:
-            pytest.skip("takes long")
-        monkeypatch.setattr("pyro_vae.integrations.arviz.ParticleSampler", serial)
-    tree = from_pyro_svi(model, guide, torch.randn(rows, 3), num_samples=4)
+@pytest.mark.parametrize(("rows", "parallel"), [(6, True), (6, False), (5000, True)])
+def test_deterministic_sites(rows, parallel):
+    tree = from_pyro_svi(model, guide, torch.randn(rows, 3), num_samples=4, parallel=parallel)
     assert dims(tree, "posterior") == {
         "z": "chain draw data z_dim_0", "half": "chain draw data half_dim_0", "total": "chain draw data",
         "whole": "chain draw whole_dim_0",
@@ -58,12 +48,6 @@ def test_deterministic_sites(rows, parallel, monkeypatch):
         torch.testing.assert_close(flat(tree, group, "total"), z.sum(-1))
         torch.testing.assert_close(flat(tree, group, "whole"), z.prod(-1))
     assert groups(tree) == GROUPS  # `noise` is its default, and was not given
-
-
-def serial(*args, **kwargs):
-    from pyro_vae.particles.sampler import ParticleSampler
-
-    return ParticleSampler(*args, **{**kwargs, "parallel": False})
 
 
 def test_reparametrised_latents():
@@ -104,11 +88,9 @@ def mixture_guide(x):
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_summed_latents_are_drawn_given_the_others(parallel, monkeypatch):
-    if not parallel:
-        monkeypatch.setattr("pyro_vae.integrations.arviz.ParticleSampler", serial)
+def test_summed_latents_are_drawn_given_the_others(parallel):
     x = torch.tensor([-2.0, -0.5, 0.0, 0.5, 2.0])
-    tree = from_pyro_svi(mixture, mixture_guide, x, num_samples=500)
+    tree = from_pyro_svi(mixture, mixture_guide, x, num_samples=500, parallel=parallel)
     assert dims(tree, "posterior") == dict.fromkeys(("z", "k"), "chain draw data")
     z, k = flat(tree, "posterior", "z"), flat(tree, "posterior", "k")
     terms = SHARES.log() + dist.Normal(z[..., None] + MEANS, 1.0).log_prob(x[:, None])
@@ -153,6 +135,25 @@ def test_k_hats_of_leave_one_out_are_those_of_the_weights():
     with warnings.catch_warnings(action="ignore"):
         found = az.loo(tree, pointwise=True).pareto_k
     np.testing.assert_allclose(found, tree["sample_stats"]["pareto_khat"], atol=0.1)
+
+
+def test_resampled_draws_of_each_point():
+    """A guide that is too wide: the draws by their weights have the moments of the posterior."""
+    truth = LinearGaussian(2, 3)
+    x = truth.sample(30)
+    tree = from_pyro_svi(truth.model, lambda x: truth.guide(x, 1.5), x, num_samples=4000, resample=True, seed=0)
+    z, exact = flat(tree, "posterior", "z"), truth.posterior(x)
+    ess = torch.tensor(tree["sample_stats"]["ess"].values)[:, None]
+    assert ((z.mean(0) - exact.mean) / (exact.variance / ess).sqrt()).abs().max() < 5
+    assert ((z.std(0) / exact.variance.sqrt() - 1).abs() < 5 / (2 * ess).sqrt()).all()
+    log_likelihood = dist.Normal(z @ truth.weight.T + truth.bias, truth.noise).to_event(1).log_prob(x)
+    torch.testing.assert_close(flat(tree, "sample_stats", "log_p_x_given_latents"), log_likelihood)
+    log_p = log_likelihood + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(flat(tree, "sample_stats", "log_p"), log_p)
+    between = torch.corrcoef(z[..., 0].T) - torch.eye(30)  # points are independent
+    assert between.abs().max() < 5 / 1000**0.5
+    with pytest.raises(ValueError, match=r"resample: 'whole' is computed from several data points"):
+        from_pyro_svi(model, guide, torch.randn(4, 3), num_samples=5, resample=True)
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
-"""Reading what ArviZ holds, whichever generation is installed."""
+"""Making trees, and reading what ArviZ holds, whichever generation is installed."""
 
 import arviz as az
+import pyro
+import torch
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 
 ARVIZ_1 = not az.__version__.startswith("0.")
 GROUPS = {
@@ -34,3 +37,31 @@ def back_from(tree, path, form):
         return az.from_zarr(str(path))
     tree.to_netcdf(str(path), engine="h5netcdf")
     return az.from_netcdf(str(path))
+
+
+def flat(tree, group, name):
+    return torch.tensor(tree[group][name].values[0])
+
+
+def elpd(tree):
+    found = az.loo(tree)
+    return (found.elpd, found.p) if hasattr(found, "elpd") else (found.elpd_loo, found.p_loo)
+
+
+def trained(model, make, *args, steps=1500, together=True):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    guide = make(model)
+    optimizer = pyro.optim.ClippedAdam({"lr": 0.02, "lrd": 0.999})
+    options = {"num_particles": 10, "vectorize_particles": True, "max_plate_nesting": 1} if together else {}
+    svi = SVI(model, guide, optimizer, Trace_ELBO(**options))
+    for _ in range(steps):
+        svi.step(*args)
+    return guide
+
+
+def sampled(model, *args, num_samples=500):
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=300, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc

@@ -24,11 +24,17 @@ from pyro_vae.networks import MLP
 from pyro_vae.pairs import threads
 from pyro_vae.pairs.threads import one_thread
 
-# `distributions` knows no pair, `pairs` is what the doors open to, `arviz_groups` is a part of `arviz`
-NO_DOORS = {"distributions", "pairs", "arviz_groups"}
+NO_DOORS = {"distributions", "pairs"}  # the former knows no pair, the latter is what the doors open to
+PARTS_OF_ARVIZ = ("arviz_", "sampler_")  # names of modules that `integrations.arviz` is made of
 NEED_NO_DOOR = {
     "VAE.model": "the pair itself, which the functions with a door run",
     "VAE.guide": "the pair itself",
+    "VAE.sample_model": "a part of a pair",
+    "VAE.sample_guide": "a part of a pair",
+    "VAE.likelihood_given": "a part of a pair",
+    "VAE.posterior_given": "a part of a pair",
+    "VAE.frozen": "copies a VAE",
+    "VAE.train": "a mode of a module",
     "stack": "makes a VAE",
     "compare": "takes estimates",
     "pareto_khat": "takes weights",
@@ -54,7 +60,9 @@ def public_functions():
         package = importlib.import_module(f"pyro_vae.{room}")
         modules = [package]
         if not hasattr(package, "__all__"):
-            names = [name for _, name, _ in pkgutil.iter_modules(package.__path__) if name not in NO_DOORS]
+            names = [
+                name for _, name, _ in pkgutil.iter_modules(package.__path__) if not name.startswith(PARTS_OF_ARVIZ)
+            ]
             modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
         for module in modules:
             for name in getattr(module, "__all__", ()):

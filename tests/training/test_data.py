@@ -202,6 +202,20 @@ def test_rows_of_a_dict_are_checked_by_site():
         fit(counts, lambda x, k: None, {"x": X, "k": k}, num_epochs=1, batch_size=10)
 
 
+def test_a_support_of_each_row_is_left_to_pyro():
+    """x ~ Uniform(0, 5 softplus(w)): bounds that the batch has, which say nothing of other rows."""
+    net = nn.Linear(3, 1)
+
+    def model(x, y):
+        pyro.module("net", net)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Uniform(0.0, 5 + net(x).exp().squeeze(-1)), obs=y)
+
+    fit(model, lambda x, y: None, (X, torch.rand(N)), num_epochs=2, batch_size=20)
+    with pytest.raises(ValueError, match="support"):
+        fit(model, lambda x, y: None, (X, -torch.ones(N)), num_epochs=2, batch_size=20)
+
+
 def test_an_autoguide_with_keyword_data_and_shared_arguments():
     """m ~ N(0, 10²), x ~ N(m, s²) with s shared by all: the posterior is known."""
 
