@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
-from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.sites import sample_sites, site_log_prob
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -60,7 +60,8 @@ def simulate(
         `Simulation`.
 
     Raises:
-        ValueError: an observed value that is none of the arguments.
+        ValueError: an observed value that is none of the arguments, or an argument that the model observes and also
+            reads.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -96,5 +97,21 @@ def simulate(
                 "exact_draw={site: draws} to an estimator."
             )
         replaced |= {key: drawn[name]["value"].reshape(inputs[key].shape).to(inputs[key].dtype) for key in keys}
-    new = tuple(replaced.get(i, a) for i, a in enumerate(args))
-    return Simulation(new, {name: replaced.get(name, a) for name, a in kwargs.items()}, latents)
+    new = tuple(replaced.get(i, a) for i, a in enumerate(args)), {n: replaced.get(n, a) for n, a in kwargs.items()}
+    _check_generates(sampler, drawn, new)
+    return Simulation(*new, latents)
+
+
+def _check_generates(sampler: ParticleSampler, drawn: dict[str, dict], arguments: tuple[tuple, dict]) -> None:
+    """Raises ValueError where sites have other distributions with the simulated arguments than they were drawn from."""
+    values = {name: site["value"] for name, site in drawn.items() if not site["infer"].get("was_observed")}
+    with torch.no_grad(), evaluation_mode(sampler.model), sampler.rows.using(*arguments):
+        sites = sample_sites(sampler.run(sampler.model, 1, values=values))
+    for name in sites.keys() & drawn.keys():
+        before, after = (site_log_prob({**s, "value": drawn[name]["value"]}) for s in (drawn[name], sites[name]))
+        if not torch.allclose(*torch.broadcast_tensors(before, after), rtol=1e-3, atol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"site {name!r}: its distribution depends on an argument that the model observes, so that data drawn "
+                "in its place are no draw from the model. Try to pass what the model reads (a mean of x, its "
+                "last step) as an argument of its own, or to simulate by hand."
+            )
