@@ -49,6 +49,7 @@ class TwoLevels(nn.Module):
         self.q_top, self.q_middle = q_top, q_middle
 
     def model(self, x: Tensor) -> None:
+        pyro.module("pair", self)
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", self.top())
             z1 = pyro.sample("z1", self.middle(z2))

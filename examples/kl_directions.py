@@ -61,6 +61,7 @@ def fit_reverse(p: dist.TorchDistribution, start: Tensor, steps: int, seed: int)
             pyro.sample("z", p)
 
     def guide(rows: Tensor) -> None:
+        pyro.module("q", q)
         with pyro.plate("data", len(rows)):
             pyro.sample("z", q())
 

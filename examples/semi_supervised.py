@@ -51,6 +51,7 @@ class SemiSupervised(nn.Module):
         self.posterior = ConditionalNormal(MLP(64, [128], context_size=10), latent)
 
     def model(self, x: Tensor, y: Tensor, known: Tensor) -> None:
+        pyro.module("pair", self)
         with pyro.plate("data", len(x)):
             label = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(10)))
             z = pyro.sample("z", self.prior())

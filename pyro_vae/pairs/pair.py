@@ -20,7 +20,7 @@ from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
 from pyro_vae.pairs.rows import WINDOW, Rows, find_rows
-from pyro_vae.pairs.sites import enumerates, find_sites, is_inside, plate_frames, sample_sites
+from pyro_vae.pairs.sites import enumerates, find_sites, is_inside, sample_sites
 from pyro_vae.pairs.vectorized import check_vectorized
 
 __all__ = ["Pair"]
@@ -127,14 +127,6 @@ class Pair:
     def participants(self) -> Participants:
         """Parameters and modules that take part in the log-probabilities of model and guide."""
         return participants(self.model, self.guide, self.args, self.kwargs)
-
-    @property
-    def full_size(self) -> int | None:
-        """The size of a data plate that scales its rows up to more of them; None: it follows the rows it is given."""
-        frames = {f for f in plate_frames(*self.look[:2]) if f.name == self.plate}
-        sizes = {f.full_size for f in frames if f.full_size > 0}
-        rows = next((len(a) for a in self.args if isinstance(a, Tensor) and a.dim()), None)
-        return None if not sizes or sizes == {rows} else max(sizes)
 
     def check_vectorized(self, layout: Layout | None = None) -> None:
         """Raises ValueError if many particles at once do not give what each of them gives alone."""

@@ -47,6 +47,7 @@ def amortized(truth):
     posterior = ConditionalMultivariateNormal(MLP(len(truth.bias), []), truth.latent)
 
     def guide(x):
+        pyro.module("posterior", posterior)
         with pyro.plate("data", len(x)):
             pyro.sample("z", posterior(x))
 

@@ -187,6 +187,7 @@ def test_composes_into_a_larger_model():
     vae = linear_vae(2, 3)
 
     def model(x, y):
+        pyro.module("vae", vae)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", vae.prior())
             pyro.sample("x", vae.likelihood(z), obs=x)

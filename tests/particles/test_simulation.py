@@ -26,7 +26,7 @@ def test_models_that_read_what_they_observe(what):
     x = torch.randn(20, 3)
     for tool in (simulate, sandwich):
         with pytest.raises(
-            ValueError, match="site .x.: its distribution depends on an argument that"
+            ValueError, match=r"site .x.: its distribution depends on an argument that"
         ):
             tool(model, guide, x)
 
