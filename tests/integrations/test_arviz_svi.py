@@ -152,6 +152,7 @@ def test_resampled_draws_of_each_point():
     torch.testing.assert_close(flat(tree, "sample_stats", "log_p"), log_p)
     between = torch.corrcoef(z[..., 0].T) - torch.eye(30)  # points are independent
     assert between.abs().max() < 5 / 1000**0.5
+    assert (z[1:] == z[:-1]).double().mean() < 0.01  # copies of a draw do not stand side by side
     with pytest.raises(ValueError, match=r"resample: 'whole' is computed from several data points"):
         from_pyro_svi(model, guide, torch.randn(4, 3), num_samples=5, resample=True)
 
