@@ -63,7 +63,8 @@ def load(checkout: Path, path: str) -> ModuleType:
     sys.path.insert(0, str(file.parent))
     name = "pyro_example_" + file.stem.replace("-", "_")
     spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no module.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

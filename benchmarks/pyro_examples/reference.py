@@ -82,11 +82,17 @@ def _drawn(example: Example, latents: dict[str, list[Tensor]]) -> Tensor:
 
 
 def _summed(example: Example) -> Tensor:
-    """log Σ_y p(x, y, z_y) / q(z_y|x, y): guide and model with y set to each of its values."""
+    """log Σ_y p(x, y, z_y) / q(z_y|x, y): guide and model with y set to each of its values. What the guide draws before
+    y is the same for all of them."""
+    before: dict[str, Tensor] = {}
+    for name, site in _sites(poutine.trace(example.guide).get_trace(*example.args, **example.kwargs)).items():
+        if name in example.enumerated:
+            break
+        before[name] = site["value"]
     found = []
     for values in product(*example.enumerated.values()):
         given = dict(zip(example.enumerated, values, strict=True))
-        guide = poutine.trace(_Set(given)(example.guide)).get_trace(*example.args, **example.kwargs)
+        guide = poutine.trace(_Set(before, given)(example.guide)).get_trace(*example.args, **example.kwargs)
         replayed = poutine.replay(example.model, guide)
         model = poutine.trace(replayed).get_trace(*example.args, **example.kwargs)
         left_out = set(example.enumerated)
@@ -95,15 +101,17 @@ def _summed(example: Example) -> Tensor:
 
 
 class _Set(Messenger):
-    """Sets sites to a value, the same in all rows."""
+    """Sets sites to values, and others to a value that is the same in all rows."""
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], alike: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.alike = values, alike
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.values:
-            value = self.values[msg["name"]]
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+        if msg["name"] in self.alike:
+            value = self.alike[msg["name"]]
             msg["value"], msg["done"] = value.expand(msg["fn"].batch_shape + value.shape), True
 
 
