@@ -64,6 +64,7 @@ class TwoLevels(nn.Module):
 def main() -> None:
     options = parse_options(__doc__)
     linear_gaussian(options)
+    pyro.clear_param_store()  # another pair follows
     digits = load_digits()
     train, test = ((x.flatten(1) > 0.5).float() for x in (digits.train, digits.test))
     one = VAE(StandardNormal(8), ConditionalBernoulli(MLP(8, [128]), 64), ConditionalNormal(MLP(64, [128]), 8))

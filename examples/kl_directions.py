@@ -52,6 +52,7 @@ def monte_carlo(p: dist.TorchDistribution, q: dist.TorchDistribution, draws: int
 
 def fit_reverse(p: dist.TorchDistribution, start: Tensor, steps: int, seed: int) -> dist.MultivariateNormal:
     """Minimises KL(q‖p), which is −ELBO of a model without data, whose only site is z ~ p."""
+    pyro.clear_param_store()  # of the last q
     q = ConditionalMultivariateNormal(None, 2)
     with torch.no_grad():
         q.free[:2] = start  # the first parameters are the mean

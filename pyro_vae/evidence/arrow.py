@@ -1,11 +1,4 @@
-r"""A Gaussian over global and local latents, locals independent of each other given the globals.
-
-Global latents g (Dg numbers) and local latents u_n (D numbers for each of N data points) have
-
-    q(g, u) = N(g; m, L Lᵀ) Π_n N(u_n; a_n + B_n (g − m), C_n C_nᵀ).
-
-Its precision matrix is an arrow: a block for the globals, one for each point, and those between. Work and memory are
-linear in N, where a dense covariance of 6000 latents has 36 million entries.
+r"""Fits an `Arrow`, a Gaussian over globals and locals with arrow-shaped precision, in work linear in the data.
 
 The fit is variational, by natural-gradient steps as in `pyro_vae.evidence.adaptive`. With f = log p(g, u, x) and H its
 expected Hessian in the coordinates ε of the current Gaussian, g = m + L ε_g and u_n = a_n + B_n L ε_g + C_n ε_n, a step
@@ -18,9 +11,13 @@ of size ρ is
 It damps p(g|x) and p(u_n|g, x) by themselves, rather than the joint precision: a mean of two joint precisions of which
 one lacks the blocks between locals and globals would be far too narrow for the globals. Both rest at the same point.
 
-That point is too narrow for globals that scale the locals: C_n does not depend on g, and N points that do not fit speak
-against each other value of g. So the last steps fit N(m, L Lᵀ) to p(g|x) itself, the locals of each point integrated by
-importance sampling from q(u_n|g): by Fisher's identity, with weights w_nk = p(u_nk, x_n|g) / q(u_nk|g),
+That point is too narrow for globals that scale the locals, if R = 0: N points, whose spread does not follow g, speak
+against each other value of it. So last steps follow, in which R_n is the slope of the log standard deviations given g,
+
+    R_n L = −¼ (log P_n(m + L e_j) − log P_n(m − L e_j))_j,    P_n(g) the diagonal of −E_{q(u_n|g)} ∂²f/∂ε_n²,
+
+and N(m, L Lᵀ) is fitted to p(g|x) itself, the locals of each point integrated by importance sampling from q(u_n|g): by
+Fisher's identity, with weights w_nk = p(u_nk, x_n|g) / q(u_nk|g),
 
     ∇ log p(g, x) = ∇ log p(g) + Σ_n Σ_k w_nk ∇_g log p(u_nk, x_n|g) / Σ_k w_nk.
 
@@ -31,22 +28,22 @@ slope, and all is exact if f is a polynomial of degree three in which each term 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf, log, pi, sqrt
+from dataclasses import dataclass, replace
+from math import ceil, inf, log2, sqrt
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_vae.evidence.proposals import Gaussians
+from pyro_vae.evidence.structured import Arrow, good_width, normal, stratified, times
 
 __all__ = ["Arrow", "JointDensity", "fit_arrow", "good_width"]
 
 FIRST_DRAWS = 100  # of the guide, whose moments start the fit
 FIRST_SCALE = 0.1  # standard deviation at the start where the guide has none, as an AutoDelta
-MOST_INTEGRATED = 12  # steps
+MOST_INTEGRATED = 6  # steps
 SPARE_DRAWS = 8  # pairs of draws more than there are slopes: their residuals give the error of the slopes
-MOST_WIDE = 1.05  # factor of the standard deviations in few dimensions, as in `adaptive`
 
 
 class JointDensity(Protocol):
@@ -66,86 +63,12 @@ class JointDensity(Protocol):
         """Gradient of log p(g) + Σ_n log p(u_n, x_n|g), (K, Dg) and (K, N, D)."""
 
 
-@dataclass(frozen=True)
-class Arrow:
-    """The Gaussian at the top of this module. Dg or D may be zero.
-
-    Attributes:
-        loc: m, (Dg,).
-        scale_tril: L, (Dg, Dg), any square root of the covariance of the globals.
-        local_loc: a_n, (N, D).
-        slope: B_n, (N, D, Dg).
-        local_scale_tril: C_n, (N, D, D), any square root of the covariance of u_n given the globals.
-    """
-
-    loc: Tensor
-    scale_tril: Tensor
-    local_loc: Tensor
-    slope: Tensor
-    local_scale_tril: Tensor
-
-    def draw_globals(self, num_draws: int) -> Tensor:
-        """g, (S, Dg)."""
-        return self.loc + _noise(self.loc, num_draws, len(self.loc)) @ self.scale_tril.mT
-
-    def log_prob_globals(self, g: Tensor) -> Tensor:
-        """log q(g) of g (S, Dg), (S,)."""
-        return _log_normal((g - self.loc).unsqueeze(1), self.scale_tril.unsqueeze(0)).squeeze(1)
-
-    def given(self, g: Tensor) -> Tensor:
-        """Means of the locals given g (S, Dg), (S, N, D)."""
-        return self.local_loc + _times(self.slope, g - self.loc)
-
-    def draw_locals(self, g: Tensor) -> Tensor:
-        """u given g (S, Dg), (S, N, D)."""
-        mean = self.given(g)
-        return mean + _times(self.local_scale_tril, torch.randn_like(mean))
-
-    def log_prob_locals(self, u: Tensor, g: Tensor) -> Tensor:
-        """log q(u_n|g) of u (S, N, D) and g (S, Dg), (S, N)."""
-        return _log_normal(u - self.given(g), self.local_scale_tril)
-
-    def widened(self, globals_by: float, locals_by: float) -> Arrow:
-        """With the standard deviations of q(g) and of q(u_n|g) times these factors; see `good_width`."""
-        scale, local_scale = globals_by * self.scale_tril, locals_by * self.local_scale_tril
-        return Arrow(self.loc, scale, self.local_loc, self.slope, local_scale)
-
-    def points(self, rows: slice | Tensor) -> Arrow:
-        """Of some of the data points."""
-        return Arrow(self.loc, self.scale_tril, self.local_loc[rows], self.slope[rows], self.local_scale_tril[rows])
-
-
-def good_width(dim: int, *, variance: float = 0.1) -> float:
-    r"""By how much to widen a fitted Gaussian whose draws are weighed in `dim` dimensions at once.
-
-    Where the posterior is the Gaussian, draws that are w times as wide have log-weights −½ (w² − 1) |ε|² + const, with
-
-        variance = D (w² − 1)² / 2,   so that   w = (1 + (2 variance / D)^½)^½.
-
-    A fixed w = 1.05 gives a standard deviation of 0.07 nats for one latent, and 5.6 nats for 6000. This width keeps the
-    variance at 0.1, which costs a tenth of the draws, and is at most 1.05 (up to 19 dimensions).
-
-    Args:
-        dim: dimensions that one weight is made of. D where locals are integrated point by point given the globals, Dg
-            for the globals then; Dg + N D for both if one weight is made of all latents.
-        variance: of the log-weights.
-
-    Returns:
-        The factor of the standard deviations, from 1 to 1.05.
-
-    Example:
-        >>> [round(good_width(dim), 3) for dim in (1, 100, 6000)]
-        [1.05, 1.022, 1.003]
-    """
-    return min(MOST_WIDE, sqrt(1 + sqrt(2 * variance / max(dim, 1))))
-
-
 def fit_arrow(density: JointDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Arrow:
     """Fits an `Arrow` to the posterior of globals and locals, starting at the moments of the guide.
 
-    The top of this module has the equations. A step takes 2 max(16, Dg + D + 8) gradients of the log-joint. Up to twelve
-    integrated steps follow, until one moves the globals by less than a quarter of a standard deviation; each takes
-    4 max(8, Dg + 4) max(16, D + 8) gradients more.
+    The top of this module has the equations. A step takes 2 max(16, Dg + D + 8) gradients of the log-joint. Up to six
+    integrated steps follow, until the globals have settled; each takes about 4 max(8, Dg + 4) max(32, D + 8) gradients
+    more.
 
     Args:
         density: the density of the latents.
@@ -164,11 +87,18 @@ def fit_arrow(density: JointDensity, *, num_steps: int = 8, step_size: float = 0
         return current
     for i in range(MOST_INTEGRATED):
         before = current = _move_locals(current, _regress(density, current), start, step_size)
+        current = _with_scales(density, current)
         current = _move_globals(current, _integrate(density, current), current, step_size)
-        moved = torch.linalg.solve(current.scale_tril, current.loc - before.loc).square().mean().sqrt()
-        if i >= 2 and moved < 0.25:
+        if i >= 2 and _has_settled(before, current):
             break
     return current
+
+
+def _has_settled(before: Arrow, after: Arrow) -> bool:
+    """Whether the globals moved by less than a quarter of a standard deviation, and their variances by a fifth."""
+    moved = torch.linalg.solve(after.scale_tril, after.loc - before.loc).square().mean()
+    ratio = torch.linalg.solve(after.scale_tril, before.scale_tril)
+    return bool(moved < 0.25**2) and bool((ratio @ ratio.mT - torch.eye(len(ratio)).to(ratio)).abs().max() < 0.2)
 
 
 def _start(density: JointDensity) -> Arrow:
@@ -219,18 +149,18 @@ def _regress(density: JointDensity, q: Arrow) -> _Blocks:
     noise, local_noise = _orthonormal(half, q)
     by_noise = q.slope @ q.scale_tril  # B_n L
     shift = noise @ q.scale_tril.mT
-    local_shift = _times(by_noise, noise) + _times(q.local_scale_tril, local_noise)
+    local_shift = times(by_noise, noise) + times(q.local_scale_tril, local_noise)
     g = torch.cat([q.loc + shift, q.loc - shift])
     gradient, local_gradient = density.gradient(g, torch.cat([q.local_loc + local_shift, q.local_loc - local_shift]))
     gradient = gradient @ q.scale_tril + torch.einsum("nij,kni->kj", by_noise, local_gradient)
-    local_gradient = _times(q.local_scale_tril.mT, local_gradient)
+    local_gradient = times(q.local_scale_tril.mT, local_gradient)
     usable = local_gradient.isfinite().all(-1).all(0)
     local_gradient = local_gradient.where(usable[:, None], 0)
 
     mean, even, odd = _even_and_odd(local_gradient)
     nn = torch.einsum("kni,knj->nij", odd, local_noise) / half
     ng = torch.einsum("kni,kj->nij", odd, noise) / half
-    odd = odd - _times(nn, local_noise) - _times(ng, noise)
+    odd = odd - times(nn, local_noise) - times(ng, noise)
     reach = _reach(even, odd, torch.cat([nn, ng], -1))
 
     profile = _roots(_symmetric(nn), 1.0)[1]  # (−H_nn)⁻¹
@@ -241,16 +171,30 @@ def _regress(density: JointDensity, q: Arrow) -> _Blocks:
     return _Blocks(mean, _symmetric(nn), ng, reach, usable, marginal)
 
 
+def _with_scales(density: JointDensity, q: Arrow) -> Arrow:
+    """With R_n. The same ε_n at both ends, so that their noise does not add up over the points."""
+    noise = _orthonormal(max(16, density.dim + SPARE_DRAWS), replace(q, loc=q.loc[:0]))[1]
+    noise = torch.cat([noise, -noise])
+    q, slopes = replace(q, log_scale_slope=None), []
+    for step in q.scale_tril.mT:
+        ends = []
+        for g in (q.loc + step, q.loc - step):
+            local = density.gradient(g.expand(len(noise), -1), q.locals_at(noise, g.unsqueeze(0)))[1]
+            curvature = -(times(q.local_scale_tril.mT, local) * noise).mean(0)
+            ends.append(curvature.clamp(0.25, 16.0).log())
+        slopes.append((0.25 * (ends[1] - ends[0])).clamp(-0.5, 0.5).nan_to_num(0.0))
+    return replace(q, log_scale_slope=torch.stack(slopes, -1) @ torch.linalg.inv(q.scale_tril))
+
+
 def _integrate(density: JointDensity, q: Arrow) -> _Marginal:
     """Regresses gradients of log p(g, x) on draws of q(g), all with the same ε_n: their noise is the same, too."""
-    noise = _whitened(_noise(q.loc, max(8, len(q.loc) + SPARE_DRAWS // 2), 1, len(q.loc)))[:, 0]
-    half = _whitened(_noise(q.loc, max(16, density.dim + SPARE_DRAWS), *q.local_loc.shape))
-    local_noise = torch.cat([half, -half])
-    shift = _times(q.local_scale_tril, local_noise)
-    log_q = -0.5 * local_noise.square().sum(-1)  # up to a constant
+    noise = _whitened(normal(q.loc, max(8, len(q.loc) + SPARE_DRAWS // 2), 1, len(q.loc)))[:, 0]
+    count = 2 ** ceil(log2(max(32, density.dim + SPARE_DRAWS)))
+    local_noise = _whitened(stratified(q.loc, 2 * count, *q.local_loc.shape))
+    log_q = -0.5 * local_noise.square().sum(-1)  # up to a constant of each point
     gradients = []
     for g in (q.loc + torch.cat([noise, -noise]) @ q.scale_tril.mT).split(1):
-        u = q.given(g) + shift
+        u = q.locals_at(local_noise, g)
         with torch.enable_grad():
             g = g.detach().requires_grad_()
             prior, conditional = density.log_joint(g.expand(len(u), -1), u)
@@ -260,7 +204,7 @@ def _integrate(density: JointDensity, q: Arrow) -> _Marginal:
 
 
 def _move_locals(q: Arrow, blocks: _Blocks, start: Arrow, size: float) -> Arrow:
-    root, inverse = _roots(blocks.nn, size)
+    root, inverse = _roots(blocks.nn, size, blocks.local_reach)
     step = _limited(size * (inverse @ blocks.local_mean.unsqueeze(-1)).squeeze(-1), blocks.local_reach)
     loc = q.local_loc + (q.local_scale_tril @ step.unsqueeze(-1)).squeeze(-1)
     turn = _limited((size * inverse @ blocks.ng).mT, blocks.local_reach.unsqueeze(-1)).mT
@@ -278,10 +222,12 @@ def _move_locals(q: Arrow, blocks: _Blocks, start: Arrow, size: float) -> Arrow:
 def _move_globals(q: Arrow, marginal: _Marginal, start: Arrow, size: float) -> Arrow:
     loc, scale_tril = start.loc, start.scale_tril
     if marginal.hessian.isfinite().all() and marginal.mean.isfinite().all():
-        root, inverse = _roots(marginal.hessian, size)
+        root, inverse = _roots(marginal.hessian, size, marginal.reach)
         loc = q.loc + q.scale_tril @ _limited(size * inverse @ marginal.mean, marginal.reach)
         scale_tril = q.scale_tril @ root
-    return Arrow(loc, scale_tril, q.local_loc + q.slope @ (loc - q.loc), q.slope, q.local_scale_tril)
+    grown = q.log_scale(loc.unsqueeze(0))[0].exp().unsqueeze(-2)
+    local_loc, local_scale_tril = q.given(loc.unsqueeze(0))[0], q.local_scale_tril * grown
+    return Arrow(loc, scale_tril, local_loc, q.slope, local_scale_tril, q.log_scale_slope)
 
 
 def _even_and_odd(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -301,14 +247,16 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def _roots(hessian: Tensor, size: float) -> tuple[Tensor, Tensor]:
-    """P^(−½) and P⁻¹ of P = (1 − ρ) I − ρ H, with eigenvalues of at least ¼; for P^(−½), of at most 16 also.
+def _roots(hessian: Tensor, size: float, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """P^(−½) and P⁻¹ of P = (1 − ρ) I − ρ H.
 
-    A step at most doubles a standard deviation, and at most quarters it.
+    A step at most doubles a standard deviation, or hardly widens it where its draws leave the reach of a linear model
+    already, and at most quarters it.
     """
     identity = torch.eye(hessian.shape[-1]).to(hessian)
     values, vectors = torch.linalg.eigh((1 - size) * identity - size * hessian)
-    values = values.clamp(min=0.25).unsqueeze(-2)
+    least = 0.25 if reach is None else (0.9 / reach).clamp(min=0.25).unsqueeze(-1)
+    values = torch.maximum(values, torch.as_tensor(least).to(values)).unsqueeze(-2)
     return vectors * values.clamp(max=16.0).rsqrt(), vectors / values @ vectors.mT
 
 
@@ -320,29 +268,13 @@ def _limited(step: Tensor, reach: Tensor) -> Tensor:
 
 def _orthonormal(count: int, q: Arrow) -> tuple[Tensor, Tensor]:
     """ε_g (count, Dg) and ε_n (count, N, D), with Σ_k (ε_g, ε_n)(ε_g, ε_n)ᵀ = count I for each point."""
-    noise = _whitened(_noise(q.loc, count, 1, len(q.loc)))[:, 0]
-    local_noise = _noise(q.loc, count, *q.local_loc.shape)
+    noise = _whitened(normal(q.loc, count, 1, len(q.loc)))[:, 0]
+    local_noise = normal(q.loc, count, *q.local_loc.shape)
     local_noise = local_noise - torch.einsum("ki,li,lnj->knj", noise, noise, local_noise) / count
     return noise, _whitened(local_noise)
-
-
-def _noise(like: Tensor, *shape: int) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
 def _whitened(draws: Tensor) -> Tensor:
     """Linear combinations of draws (K, N, D) with second moments I."""
     root = torch.linalg.cholesky(torch.einsum("kni,knj->nij", draws, draws) / len(draws))
-    return _times(torch.linalg.inv(root), draws)
-
-
-def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """Matrices (N, I, J) times vectors (K, N, J) or (K, J), (K, N, I)."""
-    return torch.einsum("nij,knj->kni" if vectors.dim() == 3 else "nij,kj->kni", matrices, vectors)
-
-
-def _log_normal(deviation: Tensor, root: Tensor) -> Tensor:
-    """log N(deviation; 0, root rootᵀ) of (S, N, D), root (N, D, D), (S, N)."""
-    noise = _times(torch.linalg.inv(root), deviation)
-    log_det = torch.linalg.slogdet(root).logabsdet
-    return -0.5 * noise.square().sum(-1) - 0.5 * noise.shape[-1] * log(2 * pi) - log_det
+    return times(torch.linalg.inv(root), draws)

@@ -34,6 +34,7 @@ from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.local_weights import ArrowWeights, GuideWeights, chunks
 from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.evidence.moments import MomentWeights
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -44,6 +45,8 @@ from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 
 __all__ = ["LogLikelihood", "integrated_log_likelihood"]
+
+Weights = GuideWeights | MomentWeights | ArrowWeights
 
 
 class LogLikelihood(Tensor):
@@ -61,7 +64,7 @@ class LogLikelihood(Tensor):
         log_weight: log p(θ_s) + Σ_n log p(x_n|θ_s) − log q(θ_s), (S,), nats; None where q(θ) is not known.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     standard_error: Tensor
     effective_sample_size: Tensor
@@ -134,8 +137,9 @@ def integrated_log_likelihood(
         plate: name of the plate of data points.
         adaptive: how the latents inside are proposed. False: by the guide, given the globals. True: by a Gaussian that
             is fitted to the posterior of globals and locals (`pyro_vae.evidence.arrow`), given the globals, with a
-            share of draws from the prior. "auto": by the guide where it can (that of a joint Gaussian over both, such
-            as `AutoMultivariateNormal`, cannot).
+            share of draws from the prior: the most precise, after a fit on all rows at once. "auto": half by the prior,
+            half by a Gaussian with the moments of the guide's draws, and for more than eight latents of a point by the
+            guide; as True for a guide with one joint density of both, such as `AutoMultivariateNormal`.
         draws: {site: (S, *plates, *event)} draws of all globals, such as those of MCMC; default: from the guide.
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
@@ -182,8 +186,10 @@ def integrated_log_likelihood(
         draw = draw_outside(sampler, num_samples) if draws is None else given_outside(sampler, draws)
         if not sampler.pair.has_locals:
             num_particles = 1
-        weights: GuideWeights | ArrowWeights = GuideWeights(sampler, draw.values)
-        if sampler.pair.has_locals and (adaptive is True or not factored):
+        weights: Weights = GuideWeights(sampler, draw.values)
+        if sampler.pair.has_locals and adaptive == "auto" and factored:
+            weights = MomentWeights(sampler, draw.values)
+        elif sampler.pair.has_locals and adaptive:
             density = JointDensity(sampler)
             arrow = fit_arrow(density).widened(1.0, good_width(density.dim))
             weights = ArrowWeights(density, arrow, density.globals_of(draw.values, len(draw.log_p)))
@@ -192,7 +198,7 @@ def integrated_log_likelihood(
 
 
 def summarize(
-    weights: GuideWeights | ArrowWeights,
+    weights: Weights,
     sampler: ParticleSampler,
     num_samples: int,
     num_particles: int,

@@ -151,6 +151,6 @@ class JointDensity:
         """Gradients of log p(g, u, x), (K, G) and (K, N, D)."""
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (g, u)]
-            total = sum(t.sum() for t in self.log_joint(*leaves))
+            total = torch.stack([t.sum() for t in self.log_joint(*leaves)]).sum()
             found = torch.autograd.grad(total, leaves, allow_unused=True)
         return tuple(torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True))  # type: ignore[return-value]

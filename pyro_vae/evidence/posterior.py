@@ -180,8 +180,8 @@ def _resample(
     latents = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
     if sampler.layout.plate is None:
         latents = {name: z[:, 0] for name, z in latents.items()}
-    summary = tuple(torch.cat(c) for c in zip(*summaries, strict=True))
-    return PosteriorDraws(latents, summary, num_particles, bounded=method == "adaptive")
+    result = tuple(torch.cat(c) for c in zip(*summaries, strict=True))
+    return PosteriorDraws(latents, result, num_particles, bounded=method == "adaptive")
 
 
 def _draws(sampler: ParticleSampler, rows: slice, method: str, num_particles: int) -> Draw:

@@ -9,7 +9,7 @@ does: it holds the importance weights of the draws, the evidence, its effective 
 
 `log_likelihood` is what `az.loo` and `az.compare` need: log p(x_n|θ), with the latents that belong to data point n
 integrated out. With the terms log p(x_n|z_n, θ), of sample_stats, leave-one-out fails: one data point is all that is
-known of its z_n (`pyro_vae.integrations.arviz_integrated`).
+known of its z_n (`pyro_vae.evidence.moments`).
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from pyro.infer import config_enumerate, infer_discrete
 from pyro.infer.mcmc.util import initialize_model
 from torch import Tensor
 
+from pyro_vae.evidence.moments import integrated_at
 from pyro_vae.integrations.arviz_arguments import named_tensors, observed_arguments, put_constants
 from pyro_vae.integrations.arviz_groups import CONDITIONAL, Groups
-from pyro_vae.integrations.arviz_integrated import integrated_at
 from pyro_vae.integrations.arviz_sites import ModelSites, Release, plate_sizes
 from pyro_vae.pairs.enumeration import sum_product
 from pyro_vae.pairs.handlers import SetValues

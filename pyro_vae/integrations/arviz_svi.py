@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.evidence.moments import CELLS, IntegratedLikelihood, locals_of
 from pyro_vae.integrations.arviz_arguments import named_tensors, observed_arguments, put_constants
 from pyro_vae.integrations.arviz_chunks import Chunk
 from pyro_vae.integrations.arviz_discrete import draw_summed
 from pyro_vae.integrations.arviz_groups import Groups
-from pyro_vae.integrations.arviz_integrated import CELLS, IntegratedLikelihood, locals_of
 from pyro_vae.integrations.arviz_sites import ModelSites, Release, plate_sizes
 from pyro_vae.integrations.arviz_theta import Theta
 from pyro_vae.integrations.arviz_weights import from_the_others, resampled

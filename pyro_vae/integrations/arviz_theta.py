@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.evidence.moments import CELLS, locals_of
 from pyro_vae.integrations.arviz_groups import Groups
-from pyro_vae.integrations.arviz_integrated import CELLS, locals_of
 from pyro_vae.pairs.handlers import unobserved
 from pyro_vae.pairs.validity import is_factored
 from pyro_vae.particles.outside import draw_outside

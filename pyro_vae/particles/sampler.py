@@ -91,8 +91,10 @@ class ParticleSampler:
 
     def with_plate(self, plate: str) -> ParticleSampler:
         """Of the same pair, with the data points in this plate, and latents outside of it."""
-        pair, options = self.pair, {"plate": plate, "parallel": not self.serial, "outside": True}
-        return ParticleSampler(pair.model, pair.guide, pair.args, pair.kwargs, **options)
+        pair, parallel = self.pair, not self.serial
+        return ParticleSampler(
+            pair.model, pair.guide, pair.args, pair.kwargs, plate=plate, parallel=parallel, outside=True
+        )
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,8 @@ def _check_generates(sampler: ParticleSampler, drawn: dict[str, dict], arguments
         sites = sample_sites(sampler.run(sampler.model, 1, values=values))
     for name in sites.keys() & drawn.keys():
         before, after = (site_log_prob({**s, "value": drawn[name]["value"]}) for s in (drawn[name], sites[name]))
-        if not torch.allclose(*torch.broadcast_tensors(before, after), rtol=1e-3, atol=1e-3, equal_nan=True):
+        before, after = torch.broadcast_tensors(before, after)
+        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
                 f"site {name!r}: its distribution depends on an argument that the model observes, so that data drawn "
                 "in its place are no draw from the model. Try to pass what the model reads (a mean of x, its "

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.density import LatentDensity
+from pyro_vae.evidence.local_weights import Chunk
 from pyro_vae.evidence.proposals import Gaussians, defined
 from pyro_vae.pairs.sites import is_inside
 from pyro_vae.pairs.validity import is_factored
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["CELLS", "IntegratedLikelihood", "integrated_at", "locals_of"]
+__all__ = ["CELLS", "IntegratedLikelihood", "MomentWeights", "integrated_at", "locals_of"]
 
 CELLS = 2**16  # draws × rows in one pass
 
@@ -62,7 +63,9 @@ class IntegratedLikelihood:
         self._density: LatentDensity | None = None
         if self.exact:
             return
-        density = _Locals(sampler, rows)
+        some_theta = {name: value[:1] for name, value in theta.items()}
+        with sampler.given(some_theta):
+            density = _Locals(sampler, rows)
         if density.dim > MOST_DIMENSIONS and is_factored(sampler.pair):
             return
         count = len(next(iter(draws.values())))
@@ -80,26 +83,62 @@ class IntegratedLikelihood:
                 prior, likelihood = sampler.log_prior_likelihood(trace, count, self.rows, summed=sampler.pair.summed)
                 value = prior + likelihood
                 return value, torch.zeros_like(value)
-            particles = count * self.num_particles
-            if self._density is None:
-                weight = sampler.log_weight(particles, self.rows, check=False)
-            else:
-                weight = self._mixture_weight(particles)
-        weight = weight.double().reshape(count, self.num_particles, -1)
+        weight = self.weights(theta, count, self.num_particles)
         total = weight.logsumexp(1)
         ess = (2 * total - (2 * weight).logsumexp(1)).exp()
         return total - log(self.num_particles), (1 / ess - 1 / self.num_particles).clamp(min=0)
 
-    def _mixture_weight(self, num_particles: int) -> Tensor:
+    def weights(self, theta: Mapping[str, Tensor], count: int, num_particles: int) -> Tensor:
+        """log-weights of as many new particles for each of `count` draws of θ, (G, K, N)."""
+        with self.sampler.given(theta):
+            if self._density is None:
+                weight = self.sampler.log_weight(count * num_particles, self.rows, check=False)
+            else:
+                weight = self._mixture_weight(count * num_particles, even=num_particles % 2 == 0)
+        return weight.double().reshape(count, num_particles, -1)
+
+    def _mixture_weight(self, num_particles: int, *, even: bool) -> Tensor:
         u = self._density.draw_prior(num_particles)
         if self._density.masked:  # what is masked has no density to weigh
             return self._density.log_joint(u)[1]
         fitted = self._fitted.proposal()
-        every_other = (torch.arange(num_particles, device=u.device) % 2 == 0)[:, None, None]
-        u, outside = defined(torch.where(every_other, u, fitted.draw(num_particles)))
+        half = torch.arange(num_particles, device=u.device) if even else torch.randint(2, (num_particles,)).to(u.device)
+        u, outside = defined(torch.where((half % 2 == 0)[:, None, None], u, fitted.draw(num_particles)))
         prior, likelihood = self._density.log_joint(u)
         log_q = torch.logaddexp(prior, fitted.log_prob(u, ())) - log(2)
         return (prior + likelihood - log_q).masked_fill(outside, -torch.inf)
+
+
+class MomentWeights:
+    """Weights of latents inside of the plate, given draws of those outside, by half the prior and half a Gaussian with
+    the moments of the guide's draws; by the guide itself in many dimensions.
+
+    Args:
+        sampler: of the pair, made with `outside=True`.
+        theta: of the sites outside, as `ParticleSampler.given` takes them.
+    """
+
+    all_rows, bounded = False, True
+
+    def __init__(self, sampler: ParticleSampler, theta: Mapping[str, Tensor]) -> None:
+        self.sampler, self.theta = sampler, dict(theta)
+        self._by_rows: dict[int, IntegratedLikelihood] = {}
+
+    def prepare(self, chunk: Chunk, num_particles: int) -> Callable[[int], Tensor]:
+        """A function: count -> log-weights of as many new particles, (draws, count, rows)."""
+        if chunk.rows.start not in self._by_rows:
+            self._by_rows[chunk.rows.start] = self._fit(chunk.rows, num_particles)
+        likelihood, size = self._by_rows[chunk.rows.start], chunk.draws.stop - chunk.draws.start
+        theta = {name: value[chunk.draws] for name, value in self.theta.items()}
+        return lambda count: likelihood.weights(theta, size, count)
+
+    def _fit(self, rows: slice, num_particles: int) -> IntegratedLikelihood:
+        theta = {name: value[:MOST_FITTED] for name, value in self.theta.items()}
+        count = min((len(value) for value in theta.values()), default=MOST_FITTED)
+        with self.sampler.given(theta):
+            trace = self.sampler.run(self.sampler.guide, count, rows)
+        draws = {name: self.sampler.layout.align(trace.nodes[name], rows) for name in locals_of(self.sampler)}
+        return IntegratedLikelihood(self.sampler, rows, num_particles, theta, draws)
 
 
 def integrated_at(
