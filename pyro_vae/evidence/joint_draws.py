@@ -58,12 +58,12 @@ class JointDraws:
         self.num_locals = self._enough_locals() if density.dim else 1
 
     @classmethod
-    def of(cls, sampler: ParticleSampler, num_steps: int) -> JointDraws | None:
+    def of(cls, sampler: ParticleSampler, num_steps: int = 8) -> JointDraws | None:
         """Of a pair all of whose data are one point, if there is a plate that helps; None if there is none."""
         plate = data_plate(sampler.pair)
         if plate is None:
             return None
-        return cls(JointDensity(sampler.with_plate(plate)), num_steps)
+        return cls(JointDensity(_with_plate(sampler, plate)), num_steps)
 
     def _enough_locals(self) -> int:
         """L from the variance at most draws of the globals; where locals are few, more of them cost little."""
@@ -116,6 +116,12 @@ def _chosen(log_weight: Tensor, u: Tensor) -> Tensor:
     noise = -torch.empty_like(log_weight).exponential_().log()  # Gumbel: its maximum is a draw
     best = (log_weight.nan_to_num(-inf) + noise).argmax(1, keepdim=True)
     return u.gather(1, best.unsqueeze(-1).expand(-1, -1, -1, u.shape[-1]))[:, 0]
+
+
+def _with_plate(sampler: ParticleSampler, plate: str) -> ParticleSampler:
+    """Of the same pair, with the data points in this plate, and latents outside of it."""
+    pair, parallel = sampler.pair, not sampler.serial
+    return ParticleSampler(pair.model, pair.guide, pair.args, pair.kwargs, plate=plate, parallel=parallel, outside=True)
 
 
 def data_plate(pair: Pair) -> str | None:

@@ -20,7 +20,7 @@ from pyro_vae.evidence.annealed import annealed_draws
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
-from pyro_vae.evidence.joint_draws import JointDraws, data_plate
+from pyro_vae.evidence.joint_draws import JointDraws
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import unobserved
@@ -153,8 +153,8 @@ def draw_posterior(
 
 def _joint(sampler: ParticleSampler) -> JointDraws | None:
     """Draws of globals and locals together, where there are globals."""
-    if sampler.layout.plate is None and (plate := data_plate(sampler.pair)) is not None:
-        return JointDraws(JointDensity(sampler.with_plate(plate)))
+    if sampler.layout.plate is None:
+        return JointDraws.of(sampler)
     outside = sampler.pair.outside(sampler.pair.look.model).values()
     return JointDraws(JointDensity(sampler)) if any(not site["is_observed"] for site in outside) else None
 

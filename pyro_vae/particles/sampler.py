@@ -29,14 +29,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.distributions.protocol import ignores_missing
-from pyro_vae.pairs.checks import check_latents, check_rows, check_support
 from pyro_vae.pairs.enumeration import sum_product
-from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
+from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.pair import Pair
-from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_log_prob, site_mask
-from pyro_vae.pairs.validity import check_masks
+from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_log_prob
 from pyro_vae.pairs.vectorized import PARTICLE_PLATE
+from pyro_vae.particles.checks import check_draws, check_same_latents
 from pyro_vae.particles.chunks import cells_within_budget
 from pyro_vae.particles.independence import check_rows_apart
 from pyro_vae.particles.outside import check_constants
@@ -88,13 +86,6 @@ class ParticleSampler:
         self.serial = self._runs.serial
         check_constants(self)
         check_rows_apart(self)
-
-    def with_plate(self, plate: str) -> ParticleSampler:
-        """Of the same pair, with the data points in this plate, and latents outside of it."""
-        pair, parallel = self.pair, not self.serial
-        return ParticleSampler(
-            pair.model, pair.guide, pair.args, pair.kwargs, plate=plate, parallel=parallel, outside=True
-        )
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -166,7 +157,7 @@ class ParticleSampler:
                 return 1
             return 0 if site["is_observed"] or site["name"] in self.pair.enumerated else -1
 
-        value = self._sum_product((guide_trace, model_trace), sign, num_particles, rows)
+        value = _sum_product(self, (guide_trace, model_trace), sign, num_particles, rows)
         outside = self.outside(model_trace, rows)
         return value if outside is None else value.masked_fill(outside, -inf)
 
@@ -201,71 +192,13 @@ class ParticleSampler:
             self._given = before
 
     def _replay(self, guide_trace: poutine.Trace, num_particles: int, rows: slice | None, check: bool) -> poutine.Trace:
-        start = rows.start if rows else 0
         options = {"enumerate_sites": self.pair.summed, "replay": guide_trace}
         model_trace = self.run(self.model, num_particles, rows, **options)
         if self.serial:  # sites may come and go
-            self._check_latents(guide_trace, model_trace)
+            check_same_latents(self, guide_trace, model_trace)
         if check:
-            check_masks(guide_trace, model_trace)
-            self._check_masked(guide_trace, model_trace, num_particles, rows)
-            one = parts_of(model_trace)[0]
-            observed = {name: site for name, site in sample_sites(one).items() if site["is_observed"]}
-            incomplete = [site["value"] for site in observed.values() if ignores_missing(site["fn"])]
-            check_rows(one.nodes["_INPUT"]["args"], start=start, incomplete=incomplete)
-            check_rows(one.nodes["_INPUT"]["kwargs"], start=start, incomplete=incomplete)
-            for name, site in observed.items():
-                check_support(name, site, start=start)
-            for name in self.pair.latents & guide_trace.nodes.keys():
-                site = guide_trace.nodes[name]
-                if not is_inside(site, self.layout.plate) or not all(name in p.nodes for p in parts_of(guide_trace)):
-                    continue
-                bad = self.layout.align(site, rows).isnan().transpose(0, 1).flatten(1).any(1)  # of (K, N, …)
-                if bad.any():
-                    raise ValueError(
-                        f"site {name!r} of the guide: draws that are NaN, the first at row "
-                        f"{start + int(bad.nonzero()[0])}. Try to look at its parameters there; for data "
-                        "with missing values, MaskedInput(network) in the encoder."
-                    )
+            check_draws(self, guide_trace, model_trace, num_particles, rows)
         return model_trace
-
-    def _check_latents(self, guide_trace: Any, model_trace: Any) -> None:
-        """Raises ValueError where one of the runs has latents in the model and not in the guide, or vice versa."""
-        for guide, model in zip(parts_of(guide_trace), parts_of(model_trace), strict=True):
-            drawn, own = (
-                {name: s for name, s in sample_sites(trace).items() if not s["is_observed"]} for trace in (guide, model)
-            )
-            check_latents(drawn, own.keys() - self.pair.summed)
-
-    def _check_masked(
-        self, guide_trace: poutine.Trace, model_trace: poutine.Trace, num_particles: int, rows: slice | None
-    ) -> None:
-        """Raises ValueError where the likelihood depends on a latent that is masked, and so has no prior there."""
-        drawn = self.pair.latents - self.pair.summed - self.pair.enumerated
-        sites = {name: site for name, site in sample_sites(model_trace).items() if name in drawn}
-        masks = {name: site_mask(site) for name, site in sites.items()}
-        masks = {name: mask for name, mask in masks.items() if mask is not None and not mask.all()}
-        if not masks:
-            return
-        with fork_random_state(), torch.no_grad():
-            others = sample_sites(self.run(self.guide, num_particles, rows))
-            values = {name: site["value"] for name, site in sites.items() if name in others}
-            for name, mask in masks.items():
-                event = (1,) * len(sites[name]["fn"].event_shape)
-                shape = mask.reshape(mask.shape + event)
-                values[name] = torch.where(shape, values[name], others[name]["value"])
-            moved = self.run(self.model, num_particles, rows, values=values, enumerate_sites=self.pair.summed)
-            before, after = (
-                self.log_prior_likelihood(trace, num_particles, rows, summed=self.pair.summed)
-                for trace in (model_trace, moved)
-            )
-        same = [torch.isclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True) for a, b in zip(before, after, strict=True)]
-        if not all(found.all() for found in same):
-            raise ValueError(
-                f"latent sites {sorted(masks)} are masked at some places, and other sites depend on their values "
-                "there: without a prior there is no p(x) to estimate. Try to mask the observed sites there too, or to "
-                "leave the latent unmasked."
-            )
 
     # -- weighing -----------------------------------------------------------------------------------------------------
 
@@ -287,8 +220,8 @@ class ParticleSampler:
     ) -> tuple[Tensor, Tensor]:
         """log p(z) and log p(x|z) of a trace of the model in which the sites `summed` are enumerated, each (K, N)."""
         if summed:
-            prior = self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
-            likelihood = self._sum_product((trace,), lambda *_: 1, num_particles, rows) - prior
+            prior = _sum_product(self, (trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+            likelihood = _sum_product(self, (trace,), lambda *_: 1, num_particles, rows) - prior
         else:
             prior, likelihood = (self._sum(trace, rows, observed=observed) for observed in (False, True))
         outside = self.outside(trace, rows)
@@ -314,7 +247,7 @@ class ParticleSampler:
         """log q(z|x) of a trace of the guide in which the sites `summed` are enumerated, (K, N)."""
         if not summed:
             return self._sum(trace, rows, observed=False)
-        return self._sum_product((trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
+        return _sum_product(self, (trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
 
     def _sum(self, trace: poutine.Trace, rows: slice | None, *, observed: bool) -> Tensor:
         """Log-probability of the sites that are (not) observed, (K, N)."""
@@ -326,19 +259,24 @@ class ParticleSampler:
         ]
         return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=self.layout.device)
 
-    def _sum_product(self, traces: Any, sign: Callable, num_particles: int, rows: slice | None) -> Tensor:
-        keep = {} if self.serial else {PARTICLE_PLATE: num_particles}
-        if self.layout.plate is not None:
-            size = rows.stop - rows.start if rows is not None and self.rows.separable else self.num_points
-            keep[self.layout.plate] = self.rows.fixed or size
-        if self.serial:
-            whose = {id(part): trace for trace in traces for part in parts_of(trace)}
-            runs = zip(*map(parts_of, traces), strict=True)
-            inside = _inside(lambda part, site: sign(whose[id(part)], site), self.layout.plate)
-            value = torch.stack([sum_product(parts, inside, keep) for parts in runs])
-        else:
-            value = sum_product(traces, _inside(sign, self.layout.plate), keep)
-        return self.rows.select(value if self.layout.plate is not None else value.unsqueeze(1), rows)
+
+def _sum_product(
+    sampler: ParticleSampler, traces: Any, sign: Callable, num_particles: int, rows: slice | None
+) -> Tensor:
+    """log Σ Π p^sign over the enumerated sites inside of the plate, (K, N)."""
+    layout, all_rows = sampler.layout, sampler.rows
+    keep = {} if sampler.serial else {PARTICLE_PLATE: num_particles}
+    if layout.plate is not None:
+        size = rows.stop - rows.start if rows is not None and all_rows.separable else sampler.num_points
+        keep[layout.plate] = all_rows.fixed or size
+    if sampler.serial:
+        whose = {id(part): trace for trace in traces for part in parts_of(trace)}
+        runs = zip(*map(parts_of, traces), strict=True)
+        inside = _inside(lambda part, site: sign(whose[id(part)], site), layout.plate)
+        value = torch.stack([sum_product(parts, inside, keep) for parts in runs])
+    else:
+        value = sum_product(traces, _inside(sign, layout.plate), keep)
+    return all_rows.select(value if layout.plate is not None else value.unsqueeze(1), rows)
 
 
 def _inside(sign: Callable, plate: str | None) -> Callable:

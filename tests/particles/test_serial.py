@@ -55,18 +55,20 @@ def one_trace_at_a_time(model, guide, x, latents):
 @pytest.mark.parametrize("name", LEFT)
 def test_weights_are_those_of_single_traces(name):
     model, guide = pair(LEFT[name])
+    plate = "data" if name in ("softmax(z, 1)", "z[:, 0]") else None  # the others go over all rows
+    options = {"num_particles": 6, "plate": plate}
     x = torch.randn(7, 2)
     with pytest.warns(UserWarning, match=r"particles run one at a time, .* ms each, not all at once: .*parallel=False"):
-        particles = draw_particles(model, guide, x, num_particles=6, seed=1)
-    assert particles.log_weight.shape == (6, 7)
-    assert particles.latents["z"].shape == (6, 7, 2)
-    expected = one_trace_at_a_time(model, guide, x, particles.latents)
+        particles = draw_particles(model, guide, x, seed=1, **options)
+    assert particles.log_weight.shape == (6, 7 if plate else 1)
+    latents = {"z": particles.latents["z"].reshape(6, 7, 2)}
+    expected = one_trace_at_a_time(model, guide, x, latents)
     torch.testing.assert_close(particles.log_weight.sum(1), expected)
     with pytest.raises(ValueError, match="the model"):
-        draw_particles(model, guide, x, num_particles=6, parallel=True)
+        draw_particles(model, guide, x, parallel=True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_particles(model, guide, x, num_particles=6, parallel=False)
+        draw_particles(model, guide, x, parallel=False, **options)
 
 
 def test_a_branch_that_all_particles_may_take_is_found():
