@@ -41,7 +41,7 @@ def check_draws(
         if bad.any():
             raise ValueError(
                 f"site {name!r} of the guide: draws that are NaN, the first at row {start + int(bad.nonzero()[0])}. "
-                "Try to look at its parameters there; for data with missing values, MaskedInput(network) in the encoder."
+                "Try to look at its parameters there; for missing values, MaskedInput(network) in the encoder."
             )
 
 

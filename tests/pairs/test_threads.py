@@ -38,6 +38,8 @@ NEED_NO_DOOR = {
     "stack": "makes a VAE",
     "compare": "takes estimates",
     "pareto_khat": "takes weights",
+    "leave_one_out": "takes log-likelihoods",
+    "log_predictive": "takes log-likelihoods",
     "linear": "a schedule",
     "cyclical": "a schedule",
     "gaussian_noise": "of tensors",
