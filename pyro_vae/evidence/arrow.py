@@ -42,7 +42,8 @@ __all__ = ["Arrow", "JointDensity", "fit_arrow", "good_width"]
 
 FIRST_DRAWS = 100  # of the guide, whose moments start the fit
 FIRST_SCALE = 0.1  # standard deviation at the start where the guide has none, as an AutoDelta
-MOST_INTEGRATED = 6  # steps
+MOST_INTEGRATED = 7  # steps
+WORSE = 0.5  # nats, by which the bound on log p(x) may fall from one integrated step to another, as of noise
 SPARE_DRAWS = 8  # pairs of draws more than there are slopes: their residuals give the error of the slopes
 
 
@@ -66,9 +67,9 @@ class JointDensity(Protocol):
 def fit_arrow(density: JointDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Arrow:
     """Fits an `Arrow` to the posterior of globals and locals, starting at the moments of the guide.
 
-    The top of this module has the equations. A step takes 2 max(16, Dg + D + 8) gradients of the log-joint. Up to six
+    The top of this module has the equations. A step takes 2 max(16, Dg + D + 8) gradients of the log-joint. Up to seven
     integrated steps follow, until the globals have settled; each takes about 4 max(8, Dg + 4) max(32, D + 8) gradients
-    more.
+    more. The last one at which the bound on log p(x) has not fallen is given back.
 
     Args:
         density: the density of the latents.
@@ -85,13 +86,17 @@ def fit_arrow(density: JointDensity, *, num_steps: int = 8, step_size: float = 0
         current = _move_globals(_move_locals(current, blocks, start, step_size), blocks.marginal, start, step_size)
     if not (density.global_dim and density.dim):  # nothing to integrate, or for nothing
         return current
+    best, largest = current, -inf
     for i in range(MOST_INTEGRATED):
-        before = current = _move_locals(current, _regress(density, current), start, step_size)
-        current = _with_scales(density, current)
-        current = _move_globals(current, _integrate(density, current), current, step_size)
-        if i >= 2 and _has_settled(before, current):
+        current = _with_scales(density, _move_locals(current, _regress(density, current), start, step_size))
+        marginal, bound = _integrate(density, current)
+        if not bound >= largest - WORSE:  # also if it is NaN
             break
-    return current
+        before, best, largest = best, current, max(bound, largest)
+        if i >= 3 and _has_settled(before, best):
+            break
+        current = _move_globals(current, marginal, current, step_size)
+    return best
 
 
 def _has_settled(before: Arrow, after: Arrow) -> bool:
@@ -165,7 +170,7 @@ def _regress(density: JointDensity, q: Arrow) -> _Blocks:
 
     profile = _roots(_symmetric(nn), 1.0)[1]  # (−H_nn)⁻¹
     # the error of a slope does not average out in its square: summed over the points, it would widen the globals
-    error = torch.einsum("nij,kni,knj->", profile, odd, odd) / (half * (half - slopes))
+    error = torch.einsum("kni,kni->", odd, times(profile, odd)) / (half * (half - slopes))
     along = _Marginal.of(gradient + torch.einsum("nji,kni->kj", ng.mT @ profile, local_gradient), noise)
     marginal = _Marginal(along.mean, along.hessian - error * torch.eye(len(q.loc)).to(error), along.reach)
     return _Blocks(mean, _symmetric(nn), ng, reach, usable, marginal)
@@ -186,13 +191,16 @@ def _with_scales(density: JointDensity, q: Arrow) -> Arrow:
     return replace(q, log_scale_slope=torch.stack(slopes, -1) @ torch.linalg.inv(q.scale_tril))
 
 
-def _integrate(density: JointDensity, q: Arrow) -> _Marginal:
-    """Regresses gradients of log p(g, x) on draws of q(g), all with the same ε_n: their noise is the same, too."""
+def _integrate(density: JointDensity, q: Arrow) -> tuple[_Marginal, float]:
+    """Regresses gradients of log p(g, x) on draws of q(g), all with the same ε_n: their noise is the same, too.
+
+    Also gives E log p(g, x) − log q(g), up to a constant.
+    """
     noise = _whitened(normal(q.loc, max(8, len(q.loc) + SPARE_DRAWS // 2), 1, len(q.loc)))[:, 0]
     count = 2 ** ceil(log2(max(32, density.dim + SPARE_DRAWS)))
     local_noise = _whitened(stratified(q.loc, 2 * count, *q.local_loc.shape))
     log_q = -0.5 * local_noise.square().sum(-1)  # up to a constant of each point
-    gradients = []
+    gradients, values = [], []
     for g in (q.loc + torch.cat([noise, -noise]) @ q.scale_tril.mT).split(1):
         u = q.locals_at(local_noise, g)
         with torch.enable_grad():
@@ -200,7 +208,10 @@ def _integrate(density: JointDensity, q: Arrow) -> _Marginal:
             prior, conditional = density.log_joint(g.expand(len(u), -1), u)
             value = prior.mean() + (conditional - log_q).logsumexp(0).sum()
             gradients.append(torch.autograd.grad(value, g)[0])
-    return _Marginal.of(torch.cat(gradients) @ q.scale_tril, noise)
+        values.append(value.detach() + q.log_scale(g.detach()).sum())
+    bound = torch.stack(values).double().mean() + torch.linalg.slogdet(q.scale_tril).logabsdet
+    bound = bound + torch.linalg.slogdet(q.local_scale_tril).logabsdet.double().sum()
+    return _Marginal.of(torch.cat(gradients) @ q.scale_tril, noise), bound.item()
 
 
 def _move_locals(q: Arrow, blocks: _Blocks, start: Arrow, size: float) -> Arrow:
@@ -250,13 +261,14 @@ def _symmetric(matrix: Tensor) -> Tensor:
 def _roots(hessian: Tensor, size: float, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """P^(−½) and P⁻¹ of P = (1 − ρ) I − ρ H.
 
-    A step at most doubles a standard deviation, or hardly widens it where its draws leave the reach of a linear model
-    already, and at most quarters it.
+    A step at most doubles a standard deviation, and at most quarters it. It hardly widens it where the curvature has
+    the wrong sign, if draws are out of the reach of a linear model already.
     """
     identity = torch.eye(hessian.shape[-1]).to(hessian)
     values, vectors = torch.linalg.eigh((1 - size) * identity - size * hessian)
-    least = 0.25 if reach is None else (0.9 / reach).clamp(min=0.25).unsqueeze(-1)
-    values = torch.maximum(values, torch.as_tensor(least).to(values)).unsqueeze(-2)
+    if reach is not None:
+        values = values.where(values >= 1 - size, (0.9 / reach).unsqueeze(-1))
+    values = values.clamp(min=0.25).unsqueeze(-2)
     return vectors * values.clamp(max=16.0).rsqrt(), vectors / values @ vectors.mT
 
 
