@@ -37,7 +37,7 @@ from script import parse_options, save
 from torch import Tensor
 
 from pyro_vae import draw_posterior, fit, from_pyro_svi, integrated_log_likelihood
-from pyro_vae.diagnostics.leave_one_out import leave_one_out
+from pyro_vae.diagnostics import leave_one_out
 
 NUM_HOMES = 60
 PRIOR_A, PRIOR_B, PRIOR_S = dist.Normal(0.0, 3.0), dist.Normal(0.0, 1.0), dist.LogNormal(-0.5, 0.5)
@@ -74,7 +74,7 @@ def main() -> None:
 def left_out(model: Callable, y: Tensor, t: Tensor, options: argparse.Namespace) -> dict[str, Tensor]:
     """log p(y_n|y_−n) of each home, in four ways."""
     guide, num_samples = AutoNormal(model), 300 if options.quick else 2000
-    num_epochs = 300 if options.quick else 1500
+    num_epochs = 200 if options.quick else 1500
     fit(model, guide, (y, t), num_epochs=num_epochs, learning_rate=0.02, seed=options.seed, progress=False)
     settings = {"num_samples": num_samples, "seed": options.seed, "progress": False}
 
@@ -112,8 +112,8 @@ def arviz_loo(tree: object) -> tuple[Tensor, float, Tensor]:
 
 def refits(y: Tensor, t: Tensor, with_treatment: bool) -> Tensor:
     """Exact log p(y_n|y_−n) on a grid of the means of both groups, a ± b/2, and s: each n by a posterior without it."""
-    mean, s = torch.linspace(0.0, 5.0, 101).double(), torch.linspace(0.1, 2.5, 61).double()
-    u = torch.linspace(-7, 7, 281).double()  # z = mean + s u
+    mean, s = torch.linspace(0.0, 5.0, 101).double(), torch.linspace(0.1, 2.5, 41).double()
+    u = torch.linspace(-7, 7, 161).double()  # z = mean + s u
     log_u = PRIOR_U.log_prob(u) + log(u[1] - u[0])
     rate = (mean[:, None, None] + s[:, None] * u).exp()
     counts, which = y.double().unique(return_inverse=True)
