@@ -32,6 +32,7 @@ from pyro_vae.models.inputs import (
 from pyro_vae.models.registration import Declared, random_attributes
 from pyro_vae.models.sites import declared, latent_shape, model_sites, posterior_of
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["VAE"]
@@ -264,13 +265,17 @@ class VAE(nn.Module):
             return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
 
     @one_thread
-    def generate(self, size: int | None = None, *context: Tensor, mean: bool = False) -> Tensor:
+    @seeded
+    def generate(
+        self, size: int | None = None, *context: Tensor, mean: bool = False, seed: int | None = None
+    ) -> Tensor:
         """Generates new data: z ~ p(z), x ~ p(x|z, c).
 
         Args:
             size: N; default: the number of rows of the context, or one.
             *context: c, each (N, *event).
             mean: return E[x|z] instead of a draw of x.
+            seed: of the draws.
 
         Returns:
             (N, *event).
@@ -284,15 +289,14 @@ class VAE(nn.Module):
 
         def rows(start: int, stop: int) -> Tensor:
             with torch.no_grad(), evaluation_mode():
-                p_z = Declared(self.prior, "prior")()
-                return value_of(
-                    self.decode(p_z.expand((stop - start,)).sample(), *(c[start:stop] for c in context)), mean
-                )
+                z = Declared(self.prior, "prior")().expand((stop - start,)).sample()
+                return value_of(self.decode(z, *(c[start:stop] for c in context)), mean)
 
         return in_chunks(rows, size)
 
     @one_thread
-    def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False) -> Tensor:
+    @seeded
+    def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False, seed: int | None = None) -> Tensor:
         """Encodes x and decodes it again: z ~ q(z|x, c), x' ~ p(x|z, c).
 
         Args:
@@ -300,6 +304,7 @@ class VAE(nn.Module):
             *context: c, each (N, *event).
             mean: return E[x'|z] at z = E_q[z] instead of draws of z and x'. A distribution without a mean in closed
                 form (a flow) gives a draw, and categories give the most probable one.
+            seed: of the draws.
 
         Returns:
             (N, *event).
@@ -314,7 +319,8 @@ class VAE(nn.Module):
         return in_chunks(rows, len(x))
 
     @one_thread
-    def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False) -> Tensor:
+    @seeded
+    def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False, seed: int | None = None) -> Tensor:
         """Generates data like x: it draws z_1, …, z_size ~ q(z|x, c) for each row, and x' ~ p(x|z_s, c) for each z_s.
 
         Args:
@@ -322,6 +328,7 @@ class VAE(nn.Module):
             *context: c, each (N, *event).
             size: number of draws for each row.
             mean: return E[x'|z_s] instead of draws of x', so that only the codes differ between draws.
+            seed: of the draws.
 
         Returns:
             (size, N, *event).

@@ -285,3 +285,16 @@ def test_conditional_vae_uses_its_context():
     new = torch.eye(3)[[2, 0, 1]]
     assert (vae.generate(None, new) - torch.tensor([[8.0, -8.0], [0.0, 0.0], [4.0, -4.0]])).abs().max() < 1.0
     assert vae.reconstruct(x[:7], c[:7]).shape == (7, 2)
+
+
+def test_seeds_of_what_a_vae_draws():
+    vae, x, state = small_vae(), binary(5), torch.get_rng_state()
+    draws = {
+        "generate": lambda seed: vae.generate(4, seed=seed),
+        "reconstruct": lambda seed: vae.reconstruct(x, seed=seed),
+        "similar": lambda seed: vae.similar(x, size=3, seed=seed),
+    }
+    for draw in draws.values():
+        assert draw(1).equal(draw(1))
+        assert not draw(1).equal(draw(2))
+    assert torch.get_rng_state().equal(state)
