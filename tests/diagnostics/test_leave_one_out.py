@@ -170,6 +170,11 @@ def test_log_predictive_is_that_of_the_closed_form(exact):
     assert z.mean(0).abs().max() < 5 / math.sqrt(60)
 
 
+def test_a_new_point_far_from_all_draws_is_doubtful():
+    log_likelihood, _ = draws(data(), 2000)
+    assert log_predictive(log_likelihood(torch.tensor([0.0, 40.0], **F64))).doubtful.tolist() == [False, True]
+
+
 def test_models_are_compared_point_by_point():
     """Against a model with the wrong scale, the difference is that of the refits."""
     x = data(60)

@@ -121,6 +121,37 @@ def test_eight_schools(spread):
     assert error < 0.05
 
 
+class Measured(RandomEffects):
+    """x_n ~ N(u_n, s_n²), so that u_n given the globals is exactly Gaussian, of the variance 1 / (1/τ² + 1/s_n²)."""
+
+    def __init__(self, num_points):
+        self.num_points, self.sigma = num_points, 0.3 + torch.rand(num_points, **F64)
+        self.x = Normal(0.5, (0.5 + self.sigma.square()).sqrt()).sample()
+
+    def likelihood(self, u):
+        return Normal(u, self.sigma)
+
+    def log_marginal(self, g):
+        return Normal(g[:, :1], (g[:, 1:].mul(2).exp() + self.sigma.square()).sqrt()).log_prob(self.x).sum(-1)
+
+
+def test_the_scale_of_the_locals_follows_the_globals():
+    density = Measured(600)
+    q = fit_arrow(density)
+    variance = 1 / ((-2 * q.loc[1]).exp() + 1 / density.sigma.square())
+    torch.testing.assert_close(q.local_scale_tril[:, 0, 0].abs(), variance.sqrt(), rtol=0.02, atol=0)
+    slope = variance * (-2 * q.loc[1]).exp()  # of log C_n in log τ
+    torch.testing.assert_close(q.log_scale_slope[:, 0, 1], slope, rtol=0.02, atol=0.01)
+    assert q.log_scale_slope[:, 0, 0].abs().max() < 0.01
+    truth, mean, std = on_grid(density, q)
+    assert ((q.loc - mean) / std).abs().max() < 0.2
+    width = good_width(602)
+    value, error, ess, khat = log_evidence(joint_weights(density, q.widened(width, width), 2000))
+    assert abs(value - truth) < 5 * error  # with all latents weighed at once, where a jointly Gaussian q fails
+    assert ess > 1000
+    assert khat < 0.5
+
+
 def test_the_globals_of_a_jointly_gaussian_fit_are_too_narrow(monkeypatch):
     """What the integrated steps are for."""
     monkeypatch.setattr(arrow, "MOST_INTEGRATED", 0)
