@@ -38,8 +38,10 @@ def test_fashion_mnist_or_the_digits(tmp_path):
 SCRIPTS = [
     "autoencoder",
     "beta_vae",
+    "cevae",
     "conditional_vae",
     "coupling",
+    "deep_markov",
     "denoising",
     "flow_posterior",
     "gaussian_decoder",
@@ -47,6 +49,7 @@ SCRIPTS = [
     "hierarchical",
     "kl_directions",
     "known_code",
+    "leave_one_out",
     "likelihoods",
     "linear_vae",
     "missing_data",

@@ -38,6 +38,7 @@ class LeaveOneOut:
             to tell (S < 21) or some are not finite.
         effective_sample_size: of the ratios, (Σr)²/Σr², (N,).
         log_predictive: log p(x_n|x) = log Σ_s w_s p(x_n|θ_s) / Σ_s w_s, (N,), of points that the draws have seen.
+        monte_carlo_error: standard error of `elpd` from the finite number of draws, which the points share.
         num_draws: S. With one draw θ is fixed: nothing is left out, and elpd_n = log p(x_n|θ).
     """
 
@@ -46,6 +47,7 @@ class LeaveOneOut:
     pareto_khat: Tensor
     effective_sample_size: Tensor
     log_predictive: Tensor
+    monte_carlo_error: float
     num_draws: int
 
     @property
@@ -58,11 +60,6 @@ class LeaveOneOut:
         """Standard error of `elpd` from the spread of the points, √N sd(elpd_n); NaN for one point."""
         n = len(self.pointwise)
         return sqrt(n) * self.pointwise.std().item() if n > 1 else nan
-
-    @property
-    def monte_carlo_error(self) -> float:
-        """Standard error of `elpd` from the finite number of draws; the points share them, but not their ratios."""
-        return self.pointwise_error.square().sum().sqrt().item()
 
     @property
     def p_loo(self) -> float:
@@ -151,16 +148,16 @@ def leave_one_out(log_likelihood: Tensor, log_weight: Tensor | None = None) -> L
     log_likelihood, log_weight, tolerance = _checked("leave_one_out", log_likelihood, log_weight)
     if len(log_likelihood) == 1:
         value, zero = log_likelihood[0], torch.zeros_like(log_likelihood[0])
-        return LeaveOneOut(value, zero, torch.full_like(zero, -inf), zero + 1, value, 1)
+        return LeaveOneOut(value, zero, torch.full_like(zero, -inf), zero + 1, value, 0.0, 1)
     # a draw of weight zero has ratio zero, even where x_n is impossible for it
     ratio = (log_weight - log_likelihood).masked_fill(log_weight.isneginf(), -inf)
     ratio, khat = _smoothed(ratio, tolerance)
-    value, error = _mean(ratio, log_likelihood)
+    value, error, total = _mean(ratio, log_likelihood)
     impossible = ratio.isposinf().any(0)
     value = value.masked_fill(impossible, -inf)
     ess = (2 * ratio.logsumexp(0) - (2 * ratio).logsumexp(0)).exp()
     predictive = _mean(_smoothed(log_weight, tolerance)[0], log_likelihood)[0]
-    return LeaveOneOut(value, error, khat, ess, predictive, len(log_likelihood))
+    return LeaveOneOut(value, error, khat, ess, predictive, total, len(log_likelihood))
 
 
 def log_predictive(log_likelihood: Tensor, log_weight: Tensor | None = None) -> Evidence:
@@ -189,7 +186,7 @@ def log_predictive(log_likelihood: Tensor, log_weight: Tensor | None = None) -> 
     num_draws = len(log_likelihood)
     weight, khat = _smoothed(log_weight, tolerance)
     product = (log_weight + log_likelihood).masked_fill(log_weight.isneginf(), -inf)
-    value, error = _mean(weight, log_likelihood)
+    value, error, _ = _mean(weight, log_likelihood)
     khat = torch.maximum(khat, _smoothed(product, tolerance)[1])
     ess = 1 / (error.square() + 1 / num_draws)
     if num_draws == 1:
@@ -223,9 +220,9 @@ def _smoothed(log_ratio: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     return log_ratio.scatter(0, order[: len(smoothed)], smoothed), khat
 
 
-def _mean(log_ratio: Tensor, log_value: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ r v / Σ r over draws, (S, n), and its standard error √(Σ r² (v/mean − 1)²) / Σ r."""
+def _mean(log_ratio: Tensor, log_value: Tensor) -> tuple[Tensor, Tensor, float]:
+    """log Σ r v / Σ r over draws, (S, n), its standard error √(Σ r² (v/mean − 1)²) / Σ r, and that of the sum over n."""
     share = log_ratio.log_softmax(0)
     value = (share + log_value).masked_fill(share.isneginf(), -inf).logsumexp(0)
     deviation = (share.exp() * torch.expm1(log_value - value)).masked_fill(share.isneginf(), 0.0)
-    return value, deviation.square().sum(0).sqrt()
+    return value, deviation.square().sum(0).sqrt(), deviation.sum(1).square().sum().sqrt().item()

@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["LOWER_BOUND", "NO_BOUND", "UPPER_BOUND", "Evidence", "is_trusted", "khat_threshold"]
 
 LOWER_BOUND = "lower bound on log p(x) in expectation"
-NEARLY_EQUAL = 0.9  # effective sample size as a share of K: weights have a coefficient of variation below one third
+EVEN = 0.5  # effective sample size as a share of K: weights have a coefficient of variation below one
 UPPER_BOUND = "upper bound on log p(x) in expectation, over data and exact draws from the model"
 NO_BOUND = "estimate of log p(x), neither a lower nor an upper bound"
 
@@ -71,8 +71,8 @@ class Evidence:
     def doubtful(self) -> Tensor:
         """Which points not to trust, (N,), bool: k-hat is too large or unknown, or the estimate is not finite.
 
-        Bounded weights that are nearly equal (ESS above 0.9 K) are trusted whatever k-hat is, which looks at the shape
-        of their tail alone, however little the tail amounts to.
+        Bounded weights that are even (ESS above K/2) are trusted whatever k-hat is, which looks at the shape of their
+        tail alone, however little the tail amounts to.
         """
         trusted = is_trusted(self.pareto_khat, self.effective_sample_size, self.num_particles, bounded=self.bounded)
         return ~trusted | ~torch.isfinite(self.log_evidence)
@@ -125,6 +125,6 @@ def khat_threshold(num_particles: int) -> float:
 
 
 def is_trusted(khat: Tensor, effective_sample_size: Tensor, num_particles: int, *, bounded: bool) -> Tensor:
-    """Whether k-hat is small enough, or weights that are bounded are nearly equal."""
+    """Whether k-hat is small enough, or weights that are bounded are even."""
     trusted = khat <= khat_threshold(num_particles)
-    return trusted | (effective_sample_size > NEARLY_EQUAL * num_particles) if bounded else trusted
+    return trusted | (effective_sample_size > EVEN * num_particles) if bounded else trusted

@@ -36,6 +36,7 @@ from pyro_vae.evidence.local_weights import ArrowWeights, GuideWeights, chunks
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.evidence.moments import MomentWeights
 from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.handlers import unobserved
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -105,7 +106,7 @@ class LogLikelihood(Tensor):
 @seeded
 def integrated_log_likelihood(
     model: Callable,
-    guide: Callable,
+    guide: Callable | None,
     *args: Any,
     num_samples: int = 100,
     num_particles: int = 100,
@@ -130,7 +131,7 @@ def integrated_log_likelihood(
 
     Args:
         model: a Pyro model with the data points in a plate, and any latents outside of it.
-        guide: its guide.
+        guide: its guide; None, with `draws`, proposes latents inside of the plate from the prior and a fitted Gaussian.
         *args: what both are called with.
         num_samples: S ≥ 1, draws of the globals.
         num_particles: K ≥ 1, for each draw and each point; 1 where no continuous latents are inside of the plate.
@@ -173,6 +174,10 @@ def integrated_log_likelihood(
     num_particles = check_num_particles(num_particles)
     if adaptive not in (True, False, "auto"):
         raise ValueError(f"adaptive: expected True, False or 'auto', got {adaptive!r}.")
+    if guide is None:
+        if draws is None:
+            raise ValueError("guide: expected one that draws the globals, got None. Try draws={site: …}, as of MCMC.")
+        guide, adaptive = unobserved(model), True
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel, outside=True)
     check_density(sampler.pair)
     factored = is_factored(sampler.pair)

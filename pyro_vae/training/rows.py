@@ -70,22 +70,23 @@ def _parameters_of_rows(pair: Pair, batch: Batch) -> list[str]:
         return []
     parameters = pair.participants.parameters
     rows = torch.linspace(0, batch.size - 1, min(TRIED, batch.size)).long().unique().tolist()
-    first: list[Tensor] = []
+    ends = torch.tensor([p.numel() for p in parameters.values()]).cumsum(0)
+    first: list[list[Tensor]] = []
+    stable = range(len(ends))
     for run in range(RUNS):
         place = _rolled(batch, run)
         own = _own_elements(pair, frame.name, place, rows if run else rows[:2], list(parameters.values()), run)
-        if not own or not all(len(elements) for elements in own):
-            return []
-        if run == 0 and len(rows) > 2:  # a cheap look first: most pairs end here
+        if run == 0 and len(rows) > 2 and own and all(map(len, own)):  # a cheap look first: most pairs end here
             own = _own_elements(pair, frame.name, place, rows, list(parameters.values()), run)
-            if not all(len(elements) for elements in own):
-                return []
-        if run and not all(map(torch.equal, first, own)):
+        if not own or not all(map(len, own)):
             return []
-        first = own
-    ends = torch.tensor([p.numel() for p in parameters.values()]).cumsum(0)
-    which = torch.searchsorted(ends, first[0].cpu(), right=True).unique().tolist()
-    return [list(parameters)[i] for i in which]
+        # by parameter: where the covariate of a row is zero, a coefficient of all rows looks like the other rows' own
+        parts = [[e[torch.searchsorted(ends, e, right=True) == i] for e in own] for i in range(len(ends))]
+        first = first or parts
+        stable = [i for i in stable if all(map(torch.equal, first[i], parts[i]))]
+        if not all(any(len(first[i][row]) for i in stable) for row in range(len(rows))):
+            return []
+    return [list(parameters)[i] for i in stable if any(map(len, first[i]))]
 
 
 def _own_elements(

@@ -72,6 +72,10 @@ def test_given_draws_and_new_data():
         TRUTH.model, TRUTH.guide, new, draws={"m": m}, num_particles=2000, adaptive=True, **QUIET
     )
     assert ((found - TRUTH.log_given(new, m)) / found.standard_error).abs().max() < 5
+    found = integrated_log_likelihood(TRUTH.model, None, new, draws={"m": m}, num_particles=2000, **QUIET)
+    assert ((found - TRUTH.log_given(new, m)) / found.standard_error).abs().max() < 5
+    with pytest.raises(ValueError, match="guide: expected one that draws the globals, got None"):
+        integrated_log_likelihood(TRUTH.model, None, new, **QUIET)
     with pytest.raises(ValueError, match=r"draws: expected draws of the sites \['m'\], missing \['m'\]"):
         integrated_log_likelihood(TRUTH.model, TRUTH.guide, new, draws={"k": m}, **QUIET)
 

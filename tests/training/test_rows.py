@@ -267,3 +267,19 @@ def test_what_fit_refuses_svi_does_wrong_silently():
     with pytest.raises(ValueError, match="parameters for each row of a batch"):
         fit(local, guide, X, num_epochs=1, batch_size=8)
     assert same(before, weights(guide))
+
+
+def test_rows_whose_covariate_is_zero():
+    """A coefficient of all rows does nothing there; the parameters of single rows are found all the same."""
+    x, t = torch.linspace(-2, 2, 6), torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+
+    def model(x, t):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m * t, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3), obs=x)
+
+    guide = AutoNormal(model)
+    fit(model, guide, (x, t), num_epochs=1000, learning_rate=0.02, seed=0)
+    z = guide.median()["z"]
+    assert (z - x / 1.09).abs()[t == 0].max() < 0.15  # without the coefficient: N(x/1.09, …)
