@@ -8,6 +8,7 @@ of size ρ is
                                                        B_n ← B_n + ρ C_n P_n⁻¹ H_ng L⁻¹,
     Λ = (1 − ρ) I − ρ (H_gg − Σ_n H_gn H_nn⁻¹ H_ng),   L ← L Λ^(−½),   m ← m + ρ L Λ⁻¹ E (∇_g − Σ_n H_gn H_nn⁻¹ ∇_n) f.
 
+with |H| in place of −H, of the absolute eigenvalues: where the curvature has the wrong sign, q is too wide for it.
 It damps p(g|x) and p(u_n|g, x) by themselves, rather than the joint precision: a mean of two joint precisions of which
 one lacks the blocks between locals and globals would be far too narrow for the globals. Both rest at the same point.
 
@@ -215,7 +216,7 @@ def _integrate(density: JointDensity, q: Arrow) -> tuple[_Marginal, float]:
 
 
 def _move_locals(q: Arrow, blocks: _Blocks, start: Arrow, size: float) -> Arrow:
-    root, inverse = _roots(blocks.nn, size, blocks.local_reach)
+    root, inverse = _roots(blocks.nn, size)
     step = _limited(size * (inverse @ blocks.local_mean.unsqueeze(-1)).squeeze(-1), blocks.local_reach)
     loc = q.local_loc + (q.local_scale_tril @ step.unsqueeze(-1)).squeeze(-1)
     turn = _limited((size * inverse @ blocks.ng).mT, blocks.local_reach.unsqueeze(-1)).mT
@@ -233,7 +234,7 @@ def _move_locals(q: Arrow, blocks: _Blocks, start: Arrow, size: float) -> Arrow:
 def _move_globals(q: Arrow, marginal: _Marginal, start: Arrow, size: float) -> Arrow:
     loc, scale_tril = start.loc, start.scale_tril
     if marginal.hessian.isfinite().all() and marginal.mean.isfinite().all():
-        root, inverse = _roots(marginal.hessian, size, marginal.reach)
+        root, inverse = _roots(marginal.hessian, size)
         loc = q.loc + q.scale_tril @ _limited(size * inverse @ marginal.mean, marginal.reach)
         scale_tril = q.scale_tril @ root
     grown = q.log_scale(loc.unsqueeze(0))[0].exp().unsqueeze(-2)
@@ -258,17 +259,14 @@ def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def _roots(hessian: Tensor, size: float, reach: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """P^(−½) and P⁻¹ of P = (1 − ρ) I − ρ H.
+def _roots(hessian: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """P^(−½) and P⁻¹ of P = (1 − ρ) I + ρ |H|, where |H| has the absolute eigenvalues, with eigenvalues of at least ¼.
 
-    A step at most doubles a standard deviation, and at most quarters it. It hardly widens it where the curvature has
-    the wrong sign, if draws are out of the reach of a linear model already.
+    For P^(−½) they are at most 16, too: a step at most doubles a standard deviation, and at most quarters it. Where the
+    curvature has the wrong sign, q is too wide for it, and the absolute value makes it narrower.
     """
-    identity = torch.eye(hessian.shape[-1]).to(hessian)
-    values, vectors = torch.linalg.eigh((1 - size) * identity - size * hessian)
-    if reach is not None:
-        values = values.where(values >= 1 - size, (0.9 / reach).unsqueeze(-1))
-    values = values.clamp(min=0.25).unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(hessian)
+    values = (1 - size + size * values.abs()).clamp(min=0.25).unsqueeze(-2)
     return vectors * values.clamp(max=16.0).rsqrt(), vectors / values @ vectors.mT
 
 

@@ -121,6 +121,16 @@ def test_eight_schools(spread):
     assert error < 0.05
 
 
+@pytest.mark.parametrize("seed", [2, 8, 16])
+def test_a_start_that_is_far_too_wide(seed):
+    """Some draws of exp u there are so large that the mean curvature has the wrong sign."""
+    torch.manual_seed(seed)
+    density = RandomEffects(600, spread=1.0)
+    q = fit_arrow(density)
+    _, mean, std = on_grid(density, q)
+    assert ((q.loc - mean) / std).abs().max() < 0.4
+
+
 class Measured(RandomEffects):
     """x_n ~ N(u_n, s_n²), so that u_n given the globals is exactly Gaussian, of the variance 1 / (1/τ² + 1/s_n²)."""
 
