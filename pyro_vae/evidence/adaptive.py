@@ -30,8 +30,10 @@ from pyro_vae.evidence.joint_draws import JointDraws
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_draws, shares
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.libraries import warn
+from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
+from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["FIRST_DRAWS", "adapted_draws", "adaptive_importance_sampling", "fit_gaussians"]
@@ -125,7 +127,12 @@ def adaptive_importance_sampling(
     num_particles = check_num_particles(num_particles)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
 
-    joint = JointDraws.of(sampler, num_steps) if plate is None and exact_draw is None else None
+    joint = None
+    if plate is None and exact_draw is None:
+        check_density(sampler.pair)
+        sampler.check()
+        with torch.no_grad(), evaluation_mode(model, guide):
+            joint = JointDraws.of(sampler, num_steps)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         if joint is not None:

@@ -88,7 +88,7 @@ class LogLikelihood(Tensor):
 
     def __repr__(self) -> str:
         value, khat = self.as_subclass(Tensor), self.pareto_khat
-        points = self.doubtful.double().mean(0)
+        points, largest = self.doubtful.double().mean(0), khat.nan_to_num(0, neginf=-inf).max()
         lines = [
             f"log p(x_n|θ_s) of {value.shape[1]} data points at {value.shape[0]} draws of "
             f"{', '.join(map(repr, self.globals)) or 'no globals'}, {self.num_particles} particles each (nats)",
@@ -96,7 +96,7 @@ class LogLikelihood(Tensor):
             f"{value.std(0).median() if len(value) > 1 else nan:.3f}",
             f"  standard error              median {self.standard_error.nanmedian():.3f}, "
             f"largest {self.standard_error.nan_to_num(0).max():.3f}",
-            f"  Pareto k-hat                median {khat.nanmedian():.2f}, largest {khat.nan_to_num(0).max():.2f}; "
+            f"  Pareto k-hat                median {khat.nanmedian():.2f}, largest {largest:.2f}; "
             f"{int((points > 0.05).sum())} of {value.shape[1]} points not to trust at more than 5 % of the draws",
         ]
         return "\n".join(lines)

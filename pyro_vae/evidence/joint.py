@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.pairs.layout import Layout
-from pyro_vae.pairs.sites import is_inside, sample_sites
+from pyro_vae.pairs.sites import is_inside, sample_sites, site_mask
 from pyro_vae.pairs.supports import support_of
 from pyro_vae.particles.latents import Coordinates
 from pyro_vae.particles.outside import log_prob_outside
@@ -40,8 +40,8 @@ class JointDensity:
         inside: names of those inside.
 
     Raises:
-        ValueError: a discrete latent that is not marked for enumeration; a plate that subsamples; a support without a
-            bijection.
+        ValueError: a latent that is masked; a discrete latent that is not marked for enumeration; a plate that
+            subsamples; a support without a bijection.
     """
 
     def __init__(self, sampler: ParticleSampler) -> None:
@@ -55,6 +55,12 @@ class JointDensity:
         with torch.no_grad():
             sites = sample_sites(sampler.traces(1, check=False)[1])
         latents = {name: site for name, site in sites.items() if self._is_continuous(name, site)}
+        masks = {name: site_mask(site) for name, site in latents.items()}
+        if masked := [name for name, mask in masks.items() if mask is not None and not mask.all()]:
+            raise ValueError(
+                f"latent sites {masked} are masked. Where a latent is masked, it has no density, and no posterior to "
+                "fit a Gaussian to. Try importance_sampling, or annealed_importance_sampling from the guide."
+            )
         plate = sampler.layout.plate
         self.inside = [name for name, site in latents.items() if is_inside(site, plate)]
         self.outside = [name for name in latents if name not in self.inside]

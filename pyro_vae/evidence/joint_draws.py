@@ -63,7 +63,11 @@ class JointDraws:
         plate = data_plate(sampler.pair)
         if plate is None:
             return None
-        return cls(JointDensity(_with_plate(sampler, plate)), num_steps)
+        try:
+            density = JointDensity(_with_plate(sampler, plate))
+        except ValueError:  # its rows are not independent, or one of its latents is masked
+            return None
+        return cls(density, num_steps)
 
     def _enough_locals(self) -> int:
         """L from the variance at most draws of the globals; where locals are few, more of them cost little."""

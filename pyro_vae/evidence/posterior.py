@@ -69,12 +69,12 @@ class PosteriorDraws(dict[str, Tensor]):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.items())
         ess, khat = self.effective_sample_size, self.pareto_khat
-        doubtful = self.doubtful
+        doubtful, largest = self.doubtful, khat.nan_to_num(0, neginf=-inf).max()
         return "\n".join(
             [
                 f"Posterior draws of {shapes}, resampled from {self.num_particles} particles",
                 f"  effective sample size  median {ess.nanmedian():.1f}, smallest {ess.nan_to_num(0).min():.1f}",
-                f"  Pareto k-hat           median {khat.nanmedian():.2f}, largest {khat.nan_to_num(0).max():.2f}; "
+                f"  Pareto k-hat           median {khat.nanmedian():.2f}, largest {largest:.2f}; "
                 f"{int(doubtful.sum())} of {len(khat)} points not to trust (above {self.threshold:.2f})",
             ]
         )

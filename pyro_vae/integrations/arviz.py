@@ -126,7 +126,9 @@ def from_pyro_svi(
     if plate == "auto":
         plate = find_plate(Pair(model, guide, args, kwargs).look.model)
     outside = plate is not None
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel, outside=outside)
+    sampler = ParticleSampler(
+        model, guide, args, kwargs, plate=plate, parallel=parallel, outside=outside, computed=True
+    )
     check_density(sampler.pair)
     groups = Groups(coords, dims, stack=stack)
     groups.rows = plate

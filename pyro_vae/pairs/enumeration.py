@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from math import inf
 
 from pyro import poutine
 from pyro.ops import packed
@@ -11,7 +12,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.ops.rings import LogRing
 from torch import Tensor
 
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob
 
 __all__ = ["sum_product"]
 
@@ -49,6 +50,9 @@ def sum_product(
                 enumerated = site["infer"].get("_enumerate_dim") is not None
                 log_prob = site["fn"].log_prob(site["value"]) if enumerated else site_log_prob(site)
                 ordinal = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
+                if factor > 0 and not enumerated and not site["is_observed"]:
+                    outside = outside_support(site)
+                    log_prob = log_prob if outside is None else log_prob.masked_fill(outside, -inf)
                 term = packed.pack(factor * log_prob, site["infer"]["_dim_to_symbol"])
                 tree.setdefault(ordinal, []).append(term)
                 sizes.update(zip(term._pyro_dims, term.shape, strict=True))

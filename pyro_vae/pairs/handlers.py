@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pyro.distributions as dist
+import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["SetSubsample", "SetValues", "StopAfter", "unobserved"]
+__all__ = ["ExactDraws", "SetSubsample", "SetValues", "StopAfter", "unobserved"]
 
 
 def unobserved(model: Callable) -> Callable:
@@ -32,6 +34,35 @@ class SetValues(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.latents:
             msg["value"] = self.latents[msg["name"]]
+
+
+class ExactDraws(Messenger):
+    """Draws from `LKJCholesky` in three and more dimensions, where those of torch have another density than its own.
+
+    Row i has the squared length y ~ Beta(i/2, η + (d − 1 − i)/2) left of the diagonal, and a uniform direction
+    (Lewandowski, Kurowicka & Joe 2009, section 3.2, the onion method); torch 2.13 draws y ~ Beta(i − 1/2, …).
+    """
+
+    def _pyro_sample(self, msg: dict) -> None:
+        fn = msg["fn"]
+        while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
+            fn = fn.base_dist
+        if msg["value"] is None and isinstance(fn, torch.distributions.LKJCholesky) and fn.dim > 2:
+            msg["value"] = _draw_cholesky(fn, msg["fn"].batch_shape + msg["fn"].event_shape)
+
+
+def _draw_cholesky(fn: Any, shape: torch.Size) -> Tensor:
+    index = torch.arange(1, fn.dim, dtype=fn.concentration.dtype, device=fn.concentration.device)
+    eta = fn.concentration.detach().expand(shape[:-2]).unsqueeze(-1)
+    squared = torch.distributions.Beta(index / 2, eta + (fn.dim - 1 - index) / 2).sample()  # (*batch, d − 1)
+    noise = torch.randn(*shape[:-2], fn.dim - 1, fn.dim, dtype=eta.dtype, device=eta.device).tril(0)
+    rows = squared.sqrt().unsqueeze(-1) * noise / noise.norm(dim=-1, keepdim=True)
+    value = torch.zeros(shape, dtype=eta.dtype, device=eta.device)
+    value[..., 0, 0] = 1.0
+    value[..., 1:, :] = rows
+    below = torch.arange(1, fn.dim, device=eta.device)
+    value[..., below, below] = (1 - squared).sqrt()
+    return value
 
 
 class StopAfter(Messenger):

@@ -37,6 +37,9 @@ class Layout:
     def __init__(self, look: Look, plate: str | None, rows: Rows) -> None:
         self.plate, self.rows = plate, rows
         dims = [frame.dim for frame in plate_frames(look.guide, look.model) if frame.dim is not None]
+        if plate is None:  # dimensions that no plate has declared count as well: all is one point
+            traces = look[:2]
+            dims += [-len(s["fn"].batch_shape) for trace in traces for s in sample_sites(trace).values()]
         self.max_plate_nesting = -min(dims, default=0)
         self.dim = None if plate is None else _data_dim(look, plate)
         self.sequential = plate is not None and self.dim is None
@@ -61,7 +64,7 @@ class Layout:
         value = site["value"] if value is None else value
         value = value.reshape((1,) * (self.width + event_dim - value.dim()) + value.shape)
         inner, unused = self._axes(site)
-        point = [] if self.dim is None else [self.width + self.dim]
+        point = self._points(site)
         value = value.permute(0, *point, *inner, *range(self.width, value.dim()), *unused)  # `unused` have size one
         value = value.flatten(value.dim() - len(unused) - 1) if unused else value
         return self.rows.select(value if point else value.unsqueeze(1), rows)
@@ -69,9 +72,10 @@ class Layout:
     def place(self, site: dict, value: Tensor) -> Tensor:
         """The inverse of `align`: (K, N, *inner plates, *event) as the value of a site under the particle plate."""
         inner, unused = self._axes(site)
-        if self.dim is None:
+        point = self._points(site)
+        if not point:
             value = value.squeeze(1)
-        axes = [0, *([] if self.dim is None else [self.width + self.dim]), *inner]
+        axes = [0, *point, *inner]
         value = value[(slice(None),) * len(axes) + (None,) * len(unused)]
         order = {axis: i for i, axis in enumerate([*axes, *unused])}
         return value.permute(*(order[a] for a in range(self.width)), *range(self.width, value.dim()))
@@ -79,7 +83,7 @@ class Layout:
     def plates(self, site: dict) -> list[str]:
         """Names of the dimensions of an aligned site, [data plate, *inner plates]."""
         names = {f.dim: f.name for f in site["cond_indep_stack"] if f.name not in (self.plate, PARTICLE_PLATE)}
-        return [self.plate, *(names[dim] for dim in sorted(names))]
+        return [self.plate, *(names.get(axis - self.width) for axis in self._axes(site)[0])]
 
     def sum_to_points(self, name: str, value: Tensor, rows: slice | None) -> Tensor:
         """A site's log-probability, summed over all plates but the particles' and the data points', (K, N)."""
@@ -96,10 +100,16 @@ class Layout:
         value = value.sum(others) if others else value
         return self.rows.select(value if self.dim is not None else value.unsqueeze(1), rows)
 
+    def _points(self, site: dict) -> list[int]:
+        """The dimension of data points of a site's value; [] outside of their plate, where another may have its dim."""
+        return [self.width + self.dim] if self.dim is not None and is_inside(site, self.plate) else []
+
     def _axes(self, site: dict) -> tuple[list[int], list[int]]:
-        """Dimensions of a site's value: those of inner plates, and those of no plate of its."""
+        """Dimensions of a site's value: those of inner plates, or that no plate has declared, and those of size one."""
         inside = {self.width + f.dim for f in site["cond_indep_stack"] if f.dim is not None}
-        axes = [a for a in range(1, self.width) if self.dim is None or a != self.width + self.dim]
+        batch = site["value"].shape[: site["value"].dim() - len(site["fn"].event_shape)]
+        inside |= {self.width - i for i, size in enumerate(reversed(batch), 1) if size > 1}
+        axes = [a for a in range(1, self.width) if a not in self._points(site)]
         return [a for a in axes if a in inside], [a for a in axes if a not in inside]
 
 

@@ -128,13 +128,12 @@ class Pair:
         """Parameters and modules that take part in the log-probabilities of model and guide."""
         return participants(self.model, self.guide, self.args, self.kwargs)
 
-    def check_vectorized(self, layout: Layout | None = None) -> None:
+    def check_vectorized(self, layout: Layout | None = None, *, computed: bool = False) -> None:
         """Raises ValueError if many particles at once do not give what each of them gives alone."""
         args, kwargs = self.rows.cut(slice(0, WINDOW))
         subsamples = self.look.subsamples()  # the same in all runs: others would make a difference of their own
-        check_vectorized(
-            (self.guide, self.model), args, kwargs, self.look[:2], (layout or self.layout).width, subsamples
-        )
+        width, pair = (layout or self.layout).width, (self.guide, self.model)
+        check_vectorized(pair, args, kwargs, self.look[:2], width, subsamples, computed=computed)
 
     # -- the look -----------------------------------------------------------------------------------------------------
 

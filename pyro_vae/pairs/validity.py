@@ -86,6 +86,7 @@ def _through_points(look: Look) -> tuple[dict[str, dict], set[str], list[str], l
     return sites, points, auxiliary, [n for n in sites if n in points & latents]
 
 
+@torch.enable_grad()
 def _check_jacobian(pair: Pair, auxiliary: list[str], images: list[str]) -> None:
     """Compares the log-densities that points claim with log |det du/dz|, over the rows of the look."""
     look = pair.look

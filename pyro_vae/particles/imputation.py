@@ -22,6 +22,7 @@ from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
+from pyro_vae.particles.outside import checked_draws
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["impute"]
@@ -90,7 +91,10 @@ def impute(
         )
     pieces: dict[str, list[Tensor]] = {}
     with torch.no_grad(), evaluation_mode(model, guide):
+        sites = {n: s for n, s in sample_sites(sampler.pair.look.model).items() if not s["is_observed"]}
         if draws is not None:
+            shapes = {n: (sampler.num_points, *sampler.layout.align(s).shape[2:]) for n, s in sites.items()}
+            draws = checked_draws(draws, {n: (s, shapes[n]) for n, s in sites.items()})
             num_draws = num_particles = len(next(iter(draws.values())))
         for rows in sampler.chunks(num_particles, together=num_particles)[0]:
             if draws is None:
@@ -98,7 +102,7 @@ def impute(
                 weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
                 chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
             else:
-                values = {n: sampler.layout.place(s, draws[n][:, rows]) for n, s in _latents(sampler, draws).items()}
+                values = {n: sampler.layout.place(s, draws[n][:, rows]) for n, s in sites.items()}
                 model_trace = sampler.run(sampler.model, num_draws, rows, values=values)
                 chosen = torch.arange(num_draws).unsqueeze(1).expand(-1, rows.stop - rows.start)
             for name, site in sample_sites(model_trace).items():
@@ -117,10 +121,3 @@ def _completed(sampler: ParticleSampler, site: dict, rows: slice, chosen: Tensor
     index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
     drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index.to(drawn.device))
     return torch.where(observed[:1].isnan(), drawn.to(observed.dtype), observed[:1])
-
-
-def _latents(sampler: ParticleSampler, draws: Mapping[str, Tensor]) -> dict[str, dict]:
-    sites = {n: s for n, s in sample_sites(sampler.pair.look.model).items() if not s["is_observed"]}
-    if missing := sorted(sites.keys() - draws.keys()):
-        raise ValueError(f"impute: draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
-    return sites

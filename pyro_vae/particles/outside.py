@@ -19,11 +19,20 @@ from pyro_vae.pairs.handlers import StopAfter
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.sites import outside_support, site_log_prob
+from pyro_vae.pairs.supports import inside_support
 
 if TYPE_CHECKING:
     from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["Outside", "align_outside", "check_constants", "draw_outside", "given_outside", "log_prob_outside"]
+__all__ = [
+    "Outside",
+    "align_outside",
+    "check_constants",
+    "checked_draws",
+    "draw_outside",
+    "given_outside",
+    "log_prob_outside",
+]
 
 
 class Outside(NamedTuple):
@@ -59,15 +68,45 @@ def draw_outside(sampler: ParticleSampler, num_samples: int) -> Outside:
 def given_outside(sampler: ParticleSampler, draws: Mapping[str, Tensor]) -> Outside:
     """Draws {site: (S, *plates, *event)} of all latents outside, from elsewhere."""
     sites = _latents(sampler, sampler.pair.look.model)
-    if missing := sorted(sites.keys() - draws.keys()):
-        raise ValueError(f"draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
-    latents = {name: draws[name] for name in sites}
-    if len({len(value) for value in latents.values()}) > 1:
-        raise ValueError(f"draws: expected as many of each site, got { {n: len(v) for n, v in latents.items()} }.")
     around = Layout(sampler.pair.look, None, sampler.rows)
+    shapes = {name: tuple(around.align(site).shape[2:]) for name, site in sites.items()}
+    latents = checked_draws(draws, {name: (site, shapes[name]) for name, site in sites.items()})
     values = {name: around.place(site, latents[name].unsqueeze(1)) for name, site in sites.items()}
     zero = torch.zeros(len(next(iter(latents.values()))) if latents else 1, device=sampler.layout.device)
     return Outside(values, latents, zero, zero)
+
+
+def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tuple[int, ...]]]) -> dict[str, Tensor]:
+    """Draws of these sites, in the dtype of their values.
+
+    Args:
+        draws: {site: (S, *shape)}.
+        sites: {site: (site of a trace, shape of one draw)}.
+
+    Raises:
+        ValueError: a site without draws, draws of another shape, or as many of some as of others; draws that are NaN or
+            outside of the support of their prior.
+    """
+    if missing := sorted(sites.keys() - draws.keys()):
+        raise ValueError(f"draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
+    found = {}
+    for name, (site, shape) in sites.items():
+        value = torch.as_tensor(draws[name]).to(site["value"])
+        if value.dim() != 1 + len(shape) or tuple(value.shape[1:]) != shape or not len(value):
+            raise ValueError(
+                f"draws[{name!r}]: expected S draws of shape {shape}, {('S', *shape)}, got {tuple(value.shape)}. Try "
+                ".flatten(0, 1) if chains come first."
+            )
+        try:
+            inside = inside_support(site["fn"], value)
+        except (RuntimeError, ValueError):  # a support that depends on other draws
+            inside = None
+        if (value.is_floating_point() and not torch.isfinite(value).all()) or (inside is not None and not inside.all()):
+            raise ValueError(f"draws[{name!r}]: expected values inside of the support of its prior, got some outside.")
+        found[name] = value
+    if len({len(value) for value in found.values()}) > 1:
+        raise ValueError(f"draws: expected as many of each site, got { {n: len(v) for n, v in found.items()} }.")
+    return found
 
 
 def _latents(sampler: ParticleSampler, model_trace: Any) -> dict[str, dict]:
@@ -111,4 +150,5 @@ def check_constants(sampler: ParticleSampler) -> None:
 
 
 def _by_particle(sampler: ParticleSampler, value: Tensor) -> Tensor:
-    return value.reshape((1,) * (sampler.layout.width - value.dim()) + value.shape).flatten(1)
+    value = value.reshape((1,) * (sampler.layout.width - value.dim()) + value.shape)
+    return value.reshape(len(value), -1)

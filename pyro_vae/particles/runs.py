@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
-from pyro_vae.pairs.handlers import SetSubsample, SetValues, StopAfter
+from pyro_vae.pairs.handlers import ExactDraws, SetSubsample, SetValues, StopAfter
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.look import look
@@ -40,18 +40,19 @@ class Runs:
         layout: of the pair.
         parallel: True: all particles at once, or ValueError; False: one at a time; "auto": at once, or with a warning
             one at a time.
+        computed: whether values of `pyro.deterministic` sites are wanted too.
 
     Attributes:
         serial: whether particles run one at a time.
     """
 
-    def __init__(self, pair: Pair, layout: Layout, parallel: bool | str) -> None:
+    def __init__(self, pair: Pair, layout: Layout, parallel: bool | str, *, computed: bool = False) -> None:
         if parallel not in (True, False, "auto"):
             raise ValueError(f"parallel: expected True, False or 'auto', got {parallel!r}.")
         self.pair, self.layout, self.serial = pair, layout, parallel is False
         if parallel is not False:
             try:
-                pair.check_vectorized(layout)
+                pair.check_vectorized(layout, computed=computed)
             except ValueError as error:
                 if parallel is True:
                     raise
@@ -131,7 +132,7 @@ class Runs:
             function = poutine.replay(function, replay)
         # the rows of a plate that holds its data itself
         indices = {} if all_rows.fixed is None else {self.layout.plate: all_rows.subsample(rows)}
-        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), SetSubsample(indices):
+        with pyro.validation_enabled(False), poutine.block(hide_types=["sample"]), ExactDraws(), SetSubsample(indices):
             tracer = poutine.trace(function)
             with suppress(StopAfter.Done):
                 tracer(*args, **kwargs)

@@ -57,6 +57,7 @@ class ParticleSampler:
         parallel: True: many particles run at once; False: one at a time; "auto": at once where the pair allows it.
         outside: whether latents may be outside of the plate (globals θ): then weights are those of the latents inside,
             p(x_n, z_n|θ) / q(z_n|θ), at the values of θ that `given` sets.
+        computed: whether values of `pyro.deterministic` sites are wanted too.
 
     Attributes:
         pair: what is known of it.
@@ -76,13 +77,14 @@ class ParticleSampler:
         plate: str | None = "data",
         parallel: bool | str = "auto",
         outside: bool = False,
+        computed: bool = False,
     ) -> None:
         self.model, self.guide = model, guide
         self.pair = Pair(model, guide, args, kwargs, plate=plate)
         self.layout, self.rows = self.pair.find_layout("any" if outside else "observed"), self.pair.rows
         self.num_points = self.rows.num_points
         self._given: dict[str, Tensor] = {}
-        self._runs = Runs(self.pair, self.layout, parallel)
+        self._runs = Runs(self.pair, self.layout, parallel, computed=computed)
         self.serial = self._runs.serial
         check_constants(self)
         check_rows_apart(self)
@@ -237,7 +239,8 @@ class ParticleSampler:
             drawn = not site["is_observed"] and name not in self.pair.summed | self.pair.enumerated
             drawn = drawn and is_inside(site, self.layout.plate)
             outside = outside_support(site) if drawn else None
-            if outside is not None:
+            # what depends on the values of enumerated sites is counted in their sum
+            if outside is not None and outside.dim() <= self.layout.width:
                 found.append(self.layout.sum_to_points(name, outside.to(torch.int), rows) > 0)
         return reduce(torch.logical_or, found) if found else None
 
@@ -265,6 +268,11 @@ def _sum_product(
 ) -> Tensor:
     """log Σ Π p^sign over the enumerated sites inside of the plate, (K, N)."""
     layout, all_rows = sampler.layout, sampler.rows
+    if layout.sequential:
+        raise ValueError(
+            f"plate {layout.plate!r} is a loop, whose discrete latents are summed out all together. Try plate=None for "
+            "the joint evidence of all data, or a plate with dim=-1 in place of the loop."
+        )
     keep = {} if sampler.serial else {PARTICLE_PLATE: num_particles}
     if layout.plate is not None:
         size = rows.stop - rows.start if rows is not None and all_rows.separable else sampler.num_points

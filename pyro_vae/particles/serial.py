@@ -101,7 +101,7 @@ class Stacked(TorchDistribution):
     @property
     def support(self) -> Any:
         supports = [_anything if fn is None else fn.support for fn in self.fns]
-        if all(support is supports[0] for support in supports):
+        if all(_same(support, supports[0]) for support in supports):
             return supports[0]
         return constraints.stack(supports, dim=0)
 
@@ -140,6 +140,15 @@ class _Anything(constraints.Constraint):
 
 
 _anything = _Anything()
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two supports are one: `independent` ones are made anew each time that they are asked for."""
+    while isinstance(a, constraints.independent) and isinstance(b, constraints.independent):
+        if a.reinterpreted_batch_ndims != b.reinterpreted_batch_ndims:
+            return False
+        a, b = a.base_constraint, b.base_constraint
+    return a is b
 
 
 def parts_of(trace: Any) -> list[Any]:

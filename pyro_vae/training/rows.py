@@ -72,7 +72,7 @@ def _parameters_of_rows(pair: Pair, batch: Batch) -> list[str]:
     rows = torch.linspace(0, batch.size - 1, min(TRIED, batch.size)).long().unique().tolist()
     ends = torch.tensor([p.numel() for p in parameters.values()]).cumsum(0)
     first: list[list[Tensor]] = []
-    stable = range(len(ends))
+    stable = list(range(len(ends)))
     for run in range(RUNS):
         place = _rolled(batch, run)
         own = _own_elements(pair, frame.name, place, rows if run else rows[:2], list(parameters.values()), run)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_vae.pairs.libraries import is_library
 from pyro_vae.compiled.watch import Watch
+from pyro_vae.pairs.libraries import is_library
 
 
 class Color(enum.Enum):

@@ -142,7 +142,7 @@ def test_counts_are_exact_for_any_chunk(num_particles, chunk_size):
         truth.model, guide, x, num_particles=num_particles, chunk_size=chunk_size, compile=False
     )
     drawn = sum(shape[0] * shape[1] for shape in seen if len(shape) == 3)
-    looked_at = (4 + 4 + 2 + 2 + 2) * 5  # particles of five rows: the checks for many particles, and for rows
+    looked_at = (6 + 6 + 2 + 2 + 2 + 2) * 5  # particles of five rows: the checks for many particles, and for rows
     assert drawn == num_particles * 13 + looked_at
     assert evidence.num_particles == num_particles
     assert (evidence.log_evidence - truth.log_evidence(x)).abs().max() < 1e-4

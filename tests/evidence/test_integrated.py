@@ -150,9 +150,7 @@ def test_groups_in_a_plate_of_their_own_are_globals_of_the_data_plate():
 
 def test_latents_outside_are_named_and_fixed_ones_are_constants():
     for tool in (importance_sampling, adaptive_importance_sampling):
-        with pytest.raises(
-            ValueError, match=r"site 'm' of the guide is outside plate 'data'"
-        ):
+        with pytest.raises(ValueError, match=r"site 'm' of the guide is outside plate 'data'"):
             tool(TRUTH.model, TRUTH.guide, X, **QUIET)
     fixed = {"m": torch.tensor(0.4)}
     pair = (poutine.condition(TRUTH.model, fixed), poutine.condition(TRUTH.guide, fixed))

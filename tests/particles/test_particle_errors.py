@@ -115,7 +115,9 @@ def test_dimensions_counted_from_the_left_are_refused(name):
             tool()
 
 
-def test_models_with_randomness_of_their_own_are_taken():
+def test_randomness_that_is_no_sample_site_is_drawn_for_each_particle():
+    """One draw for all particles, as `torch.randn(2)` gives it, has another law than one for each."""
+
     def model(x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -125,4 +127,16 @@ def test_models_with_randomness_of_their_own_are_taken():
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
 
-    assert draw_particles(model, guide, torch.randn(20, 2), num_particles=5).log_weight.shape == (5, 20)
+    x = torch.randn(20, 2)
+    with pytest.warns(UserWarning, match="has chance in it that is no sample site, the same for all"):
+        particles = draw_particles(model, guide, x, num_particles=400, seed=0)
+    z = particles.latents["z"]
+    noise = -2 * (particles.log_likelihood.unsqueeze(-1) + 2 * z).sum(1)[:, 0]  # differs from particle to particle
+    assert len(noise.unique()) == 400
+
+    def one_for_each(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + torch.randn_like(z), 1.0).to_event(1), obs=x)
+
+    draw_particles(one_for_each, guide, x, num_particles=5, parallel=True)

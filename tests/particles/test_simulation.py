@@ -25,9 +25,7 @@ def test_models_that_read_what_they_observe(what):
 
     x = torch.randn(20, 3)
     for tool in (simulate, sandwich):
-        with pytest.raises(
-            ValueError, match=r"site .x.: its distribution depends on an argument that"
-        ):
+        with pytest.raises(ValueError, match=r"site .x.: its distribution depends on an argument that"):
             tool(model, guide, x)
 
 
