@@ -221,7 +221,7 @@ def _smoothed(log_ratio: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
 
 def _mean(log_ratio: Tensor, log_value: Tensor) -> tuple[Tensor, Tensor, float]:
-    """log Σ r v / Σ r over draws, (S, n), its standard error √(Σ r² (v/mean − 1)²) / Σ r, and that of its sum over n."""
+    """log Σ r v / Σ r over draws, (S, n), its standard error √(Σ r² (v/mean − 1)²) / Σ r, and that of the sum."""
     share = log_ratio.log_softmax(0)
     value = (share + log_value).masked_fill(share.isneginf(), -inf).logsumexp(0)
     deviation = (share.exp() * torch.expm1(log_value - value)).masked_fill(share.isneginf(), 0.0)

@@ -126,5 +126,5 @@ def khat_threshold(num_particles: int) -> float:
 
 def is_trusted(khat: Tensor, effective_sample_size: Tensor, num_particles: int, *, bounded: bool) -> Tensor:
     """Whether k-hat is small enough, or weights that are bounded are even."""
-    trusted = khat <= khat_threshold(num_particles)
+    trusted = (khat <= khat_threshold(num_particles)) | khat.isneginf()  # all weights equal
     return trusted | (effective_sample_size > EVEN * num_particles) if bounded else trusted

@@ -63,8 +63,10 @@ class JointDraws:
         plate = data_plate(sampler.pair)
         if plate is None:
             return None
+        pair, options = sampler.pair, {"parallel": not sampler.serial, "outside": True}
         try:
-            density = JointDensity(_with_plate(sampler, plate))
+            inner = ParticleSampler(pair.model, pair.guide, pair.args, pair.kwargs, plate=plate, **options)
+            density = JointDensity(inner)
         except ValueError:  # its rows are not independent, or one of its latents is masked
             return None
         return cls(density, num_steps)
@@ -120,12 +122,6 @@ def _chosen(log_weight: Tensor, u: Tensor) -> Tensor:
     noise = -torch.empty_like(log_weight).exponential_().log()  # Gumbel: its maximum is a draw
     best = (log_weight.nan_to_num(-inf) + noise).argmax(1, keepdim=True)
     return u.gather(1, best.unsqueeze(-1).expand(-1, -1, -1, u.shape[-1]))[:, 0]
-
-
-def _with_plate(sampler: ParticleSampler, plate: str) -> ParticleSampler:
-    """Of the same pair, with the data points in this plate, and latents outside of it."""
-    pair, parallel = sampler.pair, not sampler.serial
-    return ParticleSampler(pair.model, pair.guide, pair.args, pair.kwargs, plate=plate, parallel=parallel, outside=True)
 
 
 def data_plate(pair: Pair) -> str | None:

@@ -143,8 +143,3 @@ def _given(function: Callable, values: Values, unconstrained: Values) -> Callabl
     if values:
         function = SetValues(dict(values))(function)
     return Constrain(unconstrained)(function) if unconstrained else function
-
-
-def expanded(value: Tensor, num_particles: int) -> Tensor:
-    """Values of G draws (G, …) for K particles, of which K/G belong to each draw, one draw after the other."""
-    return value if len(value) == num_particles else value.repeat_interleave(num_particles // len(value), 0)

@@ -39,7 +39,7 @@ from pyro_vae.particles.chunks import cells_within_budget
 from pyro_vae.particles.independence import check_rows_apart
 from pyro_vae.particles.outside import check_constants
 from pyro_vae.particles.particles import Particles, concatenate
-from pyro_vae.particles.runs import Runs, expanded
+from pyro_vae.particles.runs import Runs
 from pyro_vae.particles.serial import parts_of
 
 __all__ = ["ParticleSampler"]
@@ -181,7 +181,7 @@ class ParticleSampler:
     ) -> Any:
         """A trace of `function` (the model, the guide or a handled version of them) for K particles, as `Runs` has it,
         at the given values of latents outside of the plate."""
-        given = {name: expanded(value, num_particles) for name, value in self._given.items()}
+        given = {name: _expanded(value, num_particles) for name, value in self._given.items()}
         return self._runs(function, num_particles, rows, values={**given, **(values or {})}, **options)
 
     @contextmanager
@@ -289,3 +289,8 @@ def _sum_product(
 
 def _inside(sign: Callable, plate: str | None) -> Callable:
     return lambda trace, site: sign(trace, site) if is_inside(site, plate) else 0
+
+
+def _expanded(value: Tensor, num_particles: int) -> Tensor:
+    """Values of G draws (G, …) for K particles, of which K/G belong to each draw, one draw after the other."""
+    return value if len(value) == num_particles else value.repeat_interleave(num_particles // len(value), 0)

@@ -207,3 +207,23 @@ def test_all_data_as_one_point():
     assert dims(tree, "sample_stats")["log_p_x_given_latents"] == "chain draw data"
     log_weights = flat(tree, "sample_stats", "log_weights").double()
     assert tree["sample_stats"]["log_evidence"].item() == pytest.approx(log_weights.logsumexp(0).item() - math.log(5))
+
+
+@pytest.mark.parametrize("what", [lambda z: z.sum(), lambda z: z.max(), lambda z: z.cumsum(0)])
+def test_computed_values_are_those_of_each_draw(what):
+    """What goes over all of z mixes no draws: it is computed for one of them at a time."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        pyro.deterministic("d", what(z))
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.8 * x, 0.4))
+
+    with pytest.warns(UserWarning, match="one at a time"):
+        tree = from_pyro_svi(model, guide, torch.linspace(-1, 2, 7), num_samples=20, seed=0, progress=False)
+    z, d = (torch.as_tensor(tree["posterior"][name].values[0]) for name in "zd")
+    torch.testing.assert_close(d, torch.stack([what(row) for row in z]))
