@@ -77,7 +77,7 @@ def main() -> None:
     for ax, (name, make) in zip(axes.flat, FAMILIES.items(), strict=True):
         pyro.set_rng_seed(options.seed)
         q = make()
-        vae = VAE(StandardNormal(2), likelihood, lambda x, q=q: q(), name=name)
+        vae = VAE(StandardNormal(2), likelihood, lambda x, q=q, name=name: pyro.module(name, q)(), name=name)
         fit(
             vae.model,
             vae.guide,

@@ -42,6 +42,7 @@ SCRIPTS = [
     "conditional_vae",
     "coupling",
     "deep_markov",
+    "decoder_in_nuts",
     "denoising",
     "flow_posterior",
     "gaussian_decoder",
@@ -57,9 +58,11 @@ SCRIPTS = [
     "pipeline",
     "posterior_collapse",
     "prior_sampling",
+    "prior_vae",
     "priors",
     "semi_supervised",
     "stacked_autoencoder",
+    "supervised_groups",
 ]
 
 

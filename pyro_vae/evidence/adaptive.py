@@ -160,7 +160,7 @@ def adapted_draws(
     density: LatentDensity, num_particles: int, num_steps: int = 8, exact: Tensor | None = None
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """Draws from the mixture of a fitted Gaussian, the prior and the guide, as `mixture_draws` has them."""
-    warn_of_cost(density.dim, len(density.draw(1)[0]), num_steps)
+    warn_of_cost(density.dim, density.sampler.num_points, num_steps)
     fitted = fit_gaussians(density, num_steps=num_steps)
     proposals = [Gaussians(fitted.loc, WIDEN * fitted.scale_tril).proposal(), from_prior(density)]
     if density.knows_guide:
