@@ -68,7 +68,8 @@ def adaptive_importance_sampling(
     The fit starts at q(z|x). It fits a full-covariance Gaussian over the unconstrained latents of each point (see the
     top of this module). Fresh particles are then drawn from a mixture of this Gaussian, q and the prior. The shares of
     the mixture are fitted too, and each is at least 15 %. The estimate uses none of the draws of the fits, so that it
-    remains a lower bound in expectation.
+    remains a lower bound in expectation. As each component has a fixed count of draws, it varies less than its standard
+    error says, which takes them as independent: errors of about 0.6 times that size were seen.
 
     Use it if the k-hat of `importance_sampling` is too large: an amortized q is seldom the best Gaussian for a point,
     and can be far from it on points outside the training data. If a posterior has several separate modes, the Gaussian

@@ -39,7 +39,7 @@ from torch import Tensor
 from pyro_vae.evidence.proposals import Gaussians
 from pyro_vae.evidence.structured import Arrow, good_width, normal, stratified, times
 
-__all__ = ["Arrow", "JointDensity", "fit_arrow", "good_width"]
+__all__ = ["Arrow", "JointLogDensity", "fit_arrow", "good_width"]
 
 FIRST_DRAWS = 100  # of the guide, whose moments start the fit
 FIRST_SCALE = 0.1  # standard deviation at the start where the guide has none, as an AutoDelta
@@ -48,7 +48,7 @@ WORSE = 0.5  # nats, by which the bound on log p(x) may fall from one integrated
 SPARE_DRAWS = 8  # pairs of draws more than there are slopes: their residuals give the error of the slopes
 
 
-class JointDensity(Protocol):
+class JointLogDensity(Protocol):
     """What the fit needs of a model with Dg global latents and D local ones at each of N points, all unconstrained."""
 
     global_dim: int
@@ -65,7 +65,7 @@ class JointDensity(Protocol):
         """Gradient of log p(g) + Σ_n log p(u_n, x_n|g), (K, Dg) and (K, N, D)."""
 
 
-def fit_arrow(density: JointDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Arrow:
+def fit_arrow(density: JointLogDensity, *, num_steps: int = 8, step_size: float = 0.7) -> Arrow:
     """Fits an `Arrow` to the posterior of globals and locals, starting at the moments of the guide.
 
     The top of this module has the equations. A step takes 2 max(16, Dg + D + 8) gradients of the log-joint. Up to seven
@@ -107,7 +107,7 @@ def _has_settled(before: Arrow, after: Arrow) -> bool:
     return bool(moved < 0.25**2) and bool((ratio @ ratio.mT - torch.eye(len(ratio)).to(ratio)).abs().max() < 0.2)
 
 
-def _start(density: JointDensity) -> Arrow:
+def _start(density: JointLogDensity) -> Arrow:
     g, u = density.draw(FIRST_DRAWS)
     first, locals_ = Gaussians.around(g.unsqueeze(1)), Gaussians.around(u)
     slope = u.new_zeros(*locals_.loc.shape, g.shape[-1])
@@ -148,7 +148,7 @@ class _Blocks:
     marginal: _Marginal
 
 
-def _regress(density: JointDensity, q: Arrow) -> _Blocks:
+def _regress(density: JointLogDensity, q: Arrow) -> _Blocks:
     """Regresses gradients on draws of q: half of the difference of a pair ±ε has the slopes, its mean the means."""
     slopes = len(q.loc) + density.dim
     half = max(16, slopes + SPARE_DRAWS)
@@ -177,7 +177,7 @@ def _regress(density: JointDensity, q: Arrow) -> _Blocks:
     return _Blocks(mean, _symmetric(nn), ng, reach, usable, marginal)
 
 
-def _with_scales(density: JointDensity, q: Arrow) -> Arrow:
+def _with_scales(density: JointLogDensity, q: Arrow) -> Arrow:
     """With R_n. The same ε_n at both ends, so that their noise does not add up over the points."""
     noise = _orthonormal(max(16, density.dim + SPARE_DRAWS), replace(q, loc=q.loc[:0]))[1]
     noise = torch.cat([noise, -noise])
@@ -192,7 +192,7 @@ def _with_scales(density: JointDensity, q: Arrow) -> Arrow:
     return replace(q, log_scale_slope=torch.stack(slopes, -1) @ torch.linalg.inv(q.scale_tril))
 
 
-def _integrate(density: JointDensity, q: Arrow) -> tuple[_Marginal, float]:
+def _integrate(density: JointLogDensity, q: Arrow) -> tuple[_Marginal, float]:
     """Regresses gradients of log p(g, x) on draws of q(g), all with the same ε_n: their noise is the same, too.
 
     Also gives E log p(g, x) − log q(g), up to a constant.

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.pairs.handlers import StopAfter, unobserved
-from pyro_vae.pairs.sites import outside_support, sample_sites, site_log_prob, site_mask
+from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.supports import support_of
 from pyro_vae.particles.latents import Coordinates
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["LatentDensity"]
+__all__ = ["LatentDensity", "continuous_latents"]
 
 
 class LatentDensity:
@@ -45,7 +46,8 @@ class LatentDensity:
         self.discrete = sampler.pair.summed | sampler.pair.enumerated
         with torch.no_grad():
             self._guide_trace, model_trace = sampler.traces(1, rows)
-            self._sites = {n: s for n, s in sample_sites(model_trace).items() if self._is_continuous(n, s)}
+            latents = continuous_latents(model_trace, self.discrete)
+            self._sites = {n: s for n, s in latents.items() if is_inside(s, self.layout.plate)}
             self._coordinates = Coordinates(self._sites, self.layout, rows)
         self.dim = self._coordinates.dim
         if not self.dim:
@@ -62,16 +64,6 @@ class LatentDensity:
         """Latent sites that are masked somewhere, and have no proper density there."""
         masks = {name: site_mask(site) for name, site in self._sites.items()}
         return [name for name, mask in masks.items() if mask is not None and not mask.all()]
-
-    def _is_continuous(self, name: str, site: dict) -> bool:
-        if site["is_observed"] or name in self.discrete:
-            return False
-        if getattr(support_of(site["fn"]), "is_discrete", False):
-            raise ValueError(
-                f"site {name!r} is discrete; this needs continuous latents, and discrete ones to be marked for summing "
-                "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling with its defaults."
-            )
-        return True
 
     # -- draws --------------------------------------------------------------------------------------------------------
 
@@ -166,3 +158,19 @@ class LatentDensity:
         value = self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.sampler.pair.enumerated)
         outside = self.sampler.outside(trace, self.rows)
         return value if outside is None else value.masked_fill(outside, -inf)
+
+
+def continuous_latents(model_trace: Any, discrete: set[str]) -> dict[str, dict]:
+    """The latent sites of a trace of the model but for those that are summed out.
+
+    Raises:
+        ValueError: one of them is discrete.
+    """
+    latents = {n: s for n, s in sample_sites(model_trace).items() if not s["is_observed"] and n not in discrete}
+    for name, site in latents.items():
+        if getattr(support_of(site["fn"]), "is_discrete", False):
+            raise ValueError(
+                f"site {name!r} is discrete; this needs continuous latents, and discrete ones to be marked for summing "
+                "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling with its defaults."
+            )
+    return latents

@@ -56,7 +56,8 @@ class LogLikelihood(Tensor):
     Operations on it give plain tensors; `print` gives a summary.
 
     Attributes:
-        standard_error: of each number, by the delta method, (S, N); zero where no latents had to be integrated out.
+        standard_error: of each number, by the delta method, (S, N); zero where no latents had to be integrated out, and
+            on the safe side for mixtures (`adaptive`), whose components have fixed counts of draws.
         effective_sample_size: of the K particles, (S, N).
         pareto_khat: tail shape of the weights, (S, N); −inf where nothing had to be integrated out.
         num_particles: K.
@@ -84,7 +85,7 @@ class LogLikelihood(Tensor):
     def doubtful(self) -> Tensor:
         """Which numbers not to trust, (S, N), bool: k-hat is too large or unknown, or the estimate is not finite."""
         trusted = is_trusted(self.pareto_khat, self.effective_sample_size, self.num_particles, bounded=self.bounded)
-        return ~(trusted | (self.pareto_khat == -inf)) | ~torch.isfinite(self.as_subclass(Tensor))
+        return ~trusted | ~torch.isfinite(self.as_subclass(Tensor))
 
     def __repr__(self) -> str:
         value, khat = self.as_subclass(Tensor), self.pareto_khat
@@ -193,12 +194,12 @@ def integrated_log_likelihood(
         if not sampler.pair.has_locals:
             num_particles = 1
         weights: Weights = GuideWeights(sampler, draw.values)
-        if sampler.pair.has_locals and adaptive == "auto" and factored:
-            weights = MomentWeights(sampler, draw.values)
-        elif sampler.pair.has_locals and adaptive:
+        if sampler.pair.has_locals and (adaptive is True or not factored):
             density = JointDensity(sampler)
             arrow = fit_arrow(density).widened(1.0, good_width(density.dim))
             weights = ArrowWeights(density, arrow, density.globals_of(draw.values, len(draw.log_p)))
+        elif sampler.pair.has_locals and adaptive == "auto" and not sampler.layout.sequential:
+            weights = MomentWeights(sampler, draw.values)
         found = summarize(weights, sampler, len(draw.log_p), num_particles, progress=progress)
     return _result(sampler, draw, found, num_particles, factored and draws is None, weights.bounded)
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_vae.evidence.density import continuous_latents
 from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.sites import is_inside, sample_sites, site_mask
-from pyro_vae.pairs.supports import support_of
 from pyro_vae.particles.latents import Coordinates
 from pyro_vae.particles.outside import log_prob_outside
 from pyro_vae.particles.sampler import ParticleSampler
@@ -53,8 +53,7 @@ class JointDensity:
         self.sampler, self.num_points = sampler, sampler.num_points
         self.discrete = sampler.pair.summed | sampler.pair.enumerated
         with torch.no_grad():
-            sites = sample_sites(sampler.traces(1, check=False)[1])
-        latents = {name: site for name, site in sites.items() if self._is_continuous(name, site)}
+            latents = continuous_latents(sampler.traces(1, check=False)[1], self.discrete)
         masks = {name: site_mask(site) for name, site in latents.items()}
         if masked := [name for name, mask in masks.items() if mask is not None and not mask.all()]:
             raise ValueError(
@@ -69,22 +68,13 @@ class JointDensity:
         self._locals = Coordinates({n: latents[n] for n in self.inside}, sampler.layout, None)
         self.global_dim, self.dim = self._globals.dim, self._locals.dim
 
-    def _is_continuous(self, name: str, site: dict) -> bool:
-        if site["is_observed"] or name in self.discrete:
-            return False
-        if getattr(support_of(site["fn"]), "is_discrete", False):
-            raise ValueError(
-                f"site {name!r} is discrete; this needs continuous latents, and discrete ones to be marked for summing "
-                "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling(…, plate=None)."
-            )
-        return True
-
     # -- draws --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def draw(self, num_particles: int) -> tuple[Tensor, Tensor]:
         """g, u ~ q, (K, G) and (K, N, D); NaN for draws outside of the prior's support."""
-        return self.coordinates(self.sampler.traces(num_particles, check=False)[1], num_particles)
+        trace = self.sampler.traces(num_particles, check=False)[1]
+        return self._join(self._globals, trace, num_particles)[:, 0], self._join(self._locals, trace, num_particles)
 
     @torch.no_grad()
     def draw_prior(self, num_particles: int) -> Tensor:
@@ -98,11 +88,6 @@ class JointDensity:
         prior = StopAfter(self.inside)(unobserved(self.sampler.model))
         trace = self.sampler.run(prior, len(g), unconstrained=self._globals.split(g.unsqueeze(1)))
         return self._join(self._locals, trace, len(g))
-
-    def coordinates(self, trace: object, num_particles: int) -> tuple[Tensor, Tensor]:
-        """g and u of a trace of the model, (K, G) and (K, N, D)."""
-        g = self._join(self._globals, trace, num_particles)[:, 0]
-        return g, self._join(self._locals, trace, num_particles)
 
     def _join(self, coordinates: Coordinates, trace: object, num_particles: int) -> Tensor:
         points = 1 if coordinates is self._globals else self.num_points

@@ -43,7 +43,7 @@ class Weighed(NamedTuple):
 def chunks(sampler: ParticleSampler, num_samples: int, num_particles: int, *, all_rows: bool) -> list[list[Chunk]]:
     """Parts that fit into memory: for each part of the draws one for each part of the rows."""
     rows, counts = sampler.chunks(num_particles, together=num_particles)
-    if all_rows or not sampler.rows.separable:
+    if all_rows or not (sampler.rows.separable or sampler.rows.fixed):
         rows = [slice(0, sampler.num_points)]
         counts = _equal_parts(num_particles, max(1, sampler.cells // sampler.num_points))
     longest = max(r.stop - r.start for r in rows)

@@ -48,6 +48,7 @@ class IntegratedLikelihood:
 
     Attributes:
         exact: whether no integral has to be estimated: there are no latents inside, or discrete ones, which are summed.
+        from_prior: whether draws of the prior are among those that an integral is estimated from.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class IntegratedLikelihood:
             return
         some_theta = {name: value[:1] for name, value in theta.items()}
         with sampler.given(some_theta):
-            density = _Locals(sampler, rows)
+            density = LatentDensity(sampler, rows)
         if density.dim > MOST_DIMENSIONS and is_factored(sampler.pair):
             return
         count = len(next(iter(draws.values())))
@@ -73,6 +74,10 @@ class IntegratedLikelihood:
         with sampler.given({name: value[some] for name, value in theta.items()}):
             around = Gaussians.around(density.unconstrain({name: value[some] for name, value in draws.items()}))
         self._density, self._fitted = density, Gaussians(around.loc, WIDEN * around.scale_tril)
+
+    @property
+    def from_prior(self) -> bool:
+        return self._density is not None
 
     def __call__(self, theta: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
         """log p(x_n|θ) and its variance, each (G, N), at G = `count` draws of θ."""
@@ -118,11 +123,16 @@ class MomentWeights:
         theta: of the sites outside, as `ParticleSampler.given` takes them.
     """
 
-    all_rows, bounded = False, True
+    all_rows = False
 
     def __init__(self, sampler: ParticleSampler, theta: Mapping[str, Tensor]) -> None:
         self.sampler, self.theta = sampler, dict(theta)
         self._by_rows: dict[int, IntegratedLikelihood] = {}
+
+    @property
+    def bounded(self) -> bool:
+        """Whether half of the draws come from the prior, at all rows so far."""
+        return all(likelihood.from_prior for likelihood in self._by_rows.values())
 
     def prepare(self, chunk: Chunk, num_particles: int) -> Callable[[int], Tensor]:
         """A function: count -> log-weights of as many new particles, (draws, count, rows)."""
@@ -186,10 +196,3 @@ def locals_of(sampler: ParticleSampler) -> set[str]:
     nodes = sampler.pair.look.model.nodes
     names = sampler.pair.latents - sampler.pair.summed
     return {name for name in names if is_inside(nodes[name], sampler.layout.plate)}
-
-
-class _Locals(LatentDensity):
-    """The density of the latents inside of the plate, given those outside."""
-
-    def _is_continuous(self, name: str, site: dict) -> bool:
-        return is_inside(site, self.layout.plate) and super()._is_continuous(name, site)

@@ -28,6 +28,7 @@ from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
+from pyro_vae.particles.particles import chosen
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 
@@ -142,6 +143,7 @@ def draw_posterior(
         parallel=parallel,
         outside=method == "adaptive" and plate is not None,
     )
+    sampler.layout.check_vectorized("draw_posterior")
     check_density(sampler.pair)
     with torch.no_grad(), evaluation_mode(model, guide):
         sampler.check()
@@ -174,7 +176,7 @@ def _resample(
             log_weight = torch.cat([w for w, _ in parts])
             index = _chosen(log_weight, num_samples)  # (S, n)
             latents = {name: torch.cat([z[name] for _, z in parts]) for name in parts[0][1]}
-            pieces.append({name: _take(z, index) for name, z in latents.items()})
+            pieces.append({name: chosen(z, index) for name, z in latents.items()})
             summaries.append(summary.result())
             bar.update(log_weight.shape[1])
     latents = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
@@ -217,14 +219,11 @@ def _resample_jointly(joint: JointDraws, num_samples: int, num_particles: int, p
 
 def _chosen(log_weight: Tensor, num_samples: int) -> Tensor:
     """Indices of S of the K particles of each point, with replacement, (S, N)."""
-    if not (log_weight.max(0).values > -inf).all():
-        raise ValueError("all particles of a data point have the weight zero: x is impossible given each of them.")
+    impossible = ~(log_weight.max(0).values > -inf)
+    if impossible.any():
+        raise ValueError(
+            f"{int(impossible.sum())} of {len(impossible)} data points have no particle of a weight above zero: x is "
+            "impossible given each of them. Try more particles, another method, or to look at the data there."
+        )
     weight = log_weight.nan_to_num(-inf).softmax(0)
     return torch.multinomial(weight.T, num_samples, replacement=True).T
-
-
-def _take(value: Tensor, index: Tensor) -> Tensor:
-    """Of (K, N, …) those with the indices (S, N)."""
-    value = value.expand(len(value), index.shape[1], *value.shape[2:])
-    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
-    return value.gather(0, index)

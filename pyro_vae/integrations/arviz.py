@@ -102,6 +102,10 @@ def from_pyro_svi(
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
+    ArviZ takes the draws for draws of the posterior, and has no place for weights of θ: with a guide that is narrower,
+    as mean-field ones are, `az.loo` is too good, and its k-hats do not tell. `ess` in sample_stats does. Try
+    `resample=True` where it is not small, or `integrated_log_likelihood` at draws of `draw_posterior`.
+
     Returns:
         `arviz.InferenceData` on ArviZ 0.2x, `xarray.DataTree` on 1.x; one chain.
 

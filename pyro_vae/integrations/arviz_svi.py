@@ -46,6 +46,8 @@ class Sampled:
         if not all(is_inside(site, self.plate) for site in computed):
             self.all_rows = [slice(0, sampler.num_points)]  # it may hold all rows
         outside = [name for name in self.sites.latents if not is_inside(self.look.nodes[name], self.plate)]
+        if outside:
+            sampler.layout.check_vectorized("from_pyro_svi, with latents outside of the plate")
         self.theta = Theta(sampler, num_samples) if outside else None
 
     def put(self, progress: bool, resample: bool) -> None:
@@ -73,6 +75,7 @@ class Sampled:
 
     def _resample(self) -> None:
         """Draws what follows from the latents anew, by the weights of the draws."""
+        self.sampler.layout.check_vectorized("from_pyro_svi(resample=True)")
         log_weights = torch.from_numpy(self.groups.get("sample_stats", "log_weights"))
         index = resampled(log_weights)
         plate = None if self.theta is not None else self.plate

@@ -100,6 +100,15 @@ class Layout:
         value = value.sum(others) if others else value
         return self.rows.select(value if self.dim is not None else value.unsqueeze(1), rows)
 
+    def check_vectorized(self, what: str) -> None:
+        """Raises ValueError where data points are no dimension of the sites' values, as `what` needs them to be."""
+        if self.sequential:
+            raise ValueError(
+                f"{what}: plate {self.plate!r} is a Python loop, each of whose sites belongs to one data point; "
+                "expected data points in a dimension. Try pyro.plate(…, dim=-1) in place of the loop, or draw_particles, "
+                "importance_sampling and prior_sampling, which take loops."
+            )
+
     def _points(self, site: dict) -> list[int]:
         """The dimension of data points of a site's value; [] outside of their plate, where another may have its dim."""
         return [self.width + self.dim] if self.dim is not None and is_inside(site, self.plate) else []

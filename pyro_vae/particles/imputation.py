@@ -23,6 +23,7 @@ from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.outside import checked_draws
+from pyro_vae.particles.particles import chosen
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["impute"]
@@ -84,6 +85,7 @@ def impute(
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     if num_particles > 1:  # one draw of a point needs no weight
         check_density(sampler.pair)
+    sampler.layout.check_vectorized("impute")
     if sampler.pair.summed:
         raise ValueError(
             f"impute: latent sites {sorted(sampler.pair.summed)} are summed out in the model, so that there is no "
@@ -96,28 +98,28 @@ def impute(
             shapes = {n: (sampler.num_points, *sampler.layout.align(s).shape[2:]) for n, s in sites.items()}
             draws = checked_draws(draws, {n: (s, shapes[n]) for n, s in sites.items()})
             num_draws = num_particles = len(next(iter(draws.values())))
+            sampler.check()
         for rows in sampler.chunks(num_particles, together=num_particles)[0]:
             if draws is None:
                 guide_trace, model_trace = sampler.traces(num_particles, rows)
                 weight = sampler.weigh(guide_trace, model_trace, num_particles, rows).log_weight.softmax(0)  # (K, N)
-                chosen = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
+                index = torch.multinomial(weight.T, num_draws, replacement=True).T  # (S, N)
             else:
                 values = {n: sampler.layout.place(s, draws[n][:, rows]) for n, s in sites.items()}
                 model_trace = sampler.run(sampler.model, num_draws, rows, values=values)
-                chosen = torch.arange(num_draws).unsqueeze(1).expand(-1, rows.stop - rows.start)
+                index = torch.arange(num_draws).unsqueeze(1).expand(-1, rows.stop - rows.start)
             for name, site in sample_sites(model_trace).items():
                 if site["is_observed"] and ignores_missing(site["fn"]):
-                    complete = _completed(sampler, site, rows, chosen, num_particles)
+                    complete = _completed(sampler, site, rows, index, num_particles)
                     pieces.setdefault(name, []).append(complete)
     if not pieces:
         raise ValueError("impute: no observed site takes NaN as missing. Try ObservedPart(likelihood).")
     return {name: torch.cat(values, 1) for name, values in pieces.items()}
 
 
-def _completed(sampler: ParticleSampler, site: dict, rows: slice, chosen: Tensor, num_particles: int) -> Tensor:
-    """Values of a site with draws in place of what is missing, given the particles `chosen` (S, N) of K."""
+def _completed(sampler: ParticleSampler, site: dict, rows: slice, index: Tensor, num_particles: int) -> Tensor:
+    """Values of a site with draws in place of what is missing, given the particles with the indices (S, N) of K."""
     drawn = sampler.layout.align(site | {"value": site["fn"].sample()}, rows)  # (K, N, …)
     observed = sampler.layout.align(site, rows)  # (1 or K, N, …)
-    index = chosen.reshape(*chosen.shape, *(1,) * (drawn.dim() - 2)).expand(-1, -1, *drawn.shape[2:])
-    drawn = drawn.expand(num_particles, *drawn.shape[1:]).gather(0, index.to(drawn.device))
+    drawn = chosen(drawn.expand(num_particles, *drawn.shape[1:]), index.to(drawn.device))
     return torch.where(observed[:1].isnan(), drawn.to(observed.dtype), observed[:1])

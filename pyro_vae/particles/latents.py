@@ -36,10 +36,11 @@ class Coordinates:
         are_real: whether all sites are real numbers already, so that u is their values.
 
     Raises:
-        ValueError: a support without a bijection.
+        ValueError: a support without a bijection; data points in a loop.
     """
 
     def __init__(self, sites: Mapping[str, dict], layout: Layout, rows: slice | None) -> None:
+        layout.check_vectorized("fitted Gaussians and annealing")
         self.sites, self.layout, self.rows = dict(sites), layout, rows
         self.are_real = all(_is_real(bijection(name, site["fn"])) for name, site in sites.items())
         self._shapes = {name: self._unconstrained(name, site).shape[2:] for name, site in sites.items()}

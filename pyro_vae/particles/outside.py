@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Outside",
-    "align_outside",
     "check_constants",
     "checked_draws",
     "draw_outside",
@@ -61,7 +60,8 @@ def draw_outside(sampler: ParticleSampler, num_samples: int) -> Outside:
     values = {name: s["value"] for name, s in sampler.pair.outside(guide_trace).items() if not s["is_observed"]}
     log_q = log_prob_outside(sampler, guide_trace, observed=False)
     log_p = log_prob_outside(sampler, model_trace)
-    latents = {name: align_outside(sampler, s) for name, s in _latents(sampler, model_trace).items()}
+    around = Layout(look, None, sampler.rows)
+    latents = {name: around.align(site)[:, 0] for name, site in _latents(sampler, model_trace).items()}
     return Outside(values, latents, log_p.expand(num_samples), log_q.expand(num_samples))
 
 
@@ -111,11 +111,6 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
 
 def _latents(sampler: ParticleSampler, model_trace: Any) -> dict[str, dict]:
     return {name: s for name, s in sampler.pair.outside(model_trace).items() if not s["is_observed"]}
-
-
-def align_outside(sampler: ParticleSampler, site: dict) -> Tensor:
-    """The value of a site outside, (K, *plates, *event)."""
-    return Layout(sampler.pair.look, None, sampler.rows).align(site)[:, 0]
 
 
 def log_prob_outside(sampler: ParticleSampler, trace: Any, *, observed: bool = True) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Particles", "concatenate"]
+__all__ = ["Particles", "chosen", "concatenate"]
 
 
 @dataclass(frozen=True)
@@ -37,3 +37,10 @@ def concatenate(parts: list[Particles]) -> Particles:
     latents = {name: torch.cat([p.latents[name] for p in parts], 1) for name in parts[0].latents}
     rest = ("log_prior", "log_likelihood", "log_posterior")
     return Particles(latents, *(torch.cat([getattr(p, field) for p in parts], 1) for field in rest))
+
+
+def chosen(value: Tensor, index: Tensor) -> Tensor:
+    """Of values of K particles (K, N or 1, …) those with the indices (S, N), (S, N, …)."""
+    value = value.expand(len(value), index.shape[1], *value.shape[2:])
+    index = index.reshape(*index.shape, *(1,) * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
+    return value.gather(0, index)

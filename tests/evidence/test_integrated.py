@@ -13,6 +13,7 @@ from pyro_vae import (
     adaptive_importance_sampling,
     draw_particles,
     draw_posterior,
+    from_pyro_svi,
     importance_sampling,
     integrated_log_likelihood,
 )
@@ -241,3 +242,79 @@ def test_particles_hold_the_sites_of_the_model_only():
     guide = AutoNormal(model)
     guide(X.abs())
     assert draw_particles(model, guide, X.abs(), num_particles=3).latents.keys() == {"z"}
+
+
+@pytest.mark.parametrize("adaptive", [False, "auto"])
+def test_a_plate_that_subsamples_data_of_its_own(adaptive):
+    """All of its rows have a log p(x_n|θ), not those of one pass."""
+    x = torch.linspace(-2, 3, 12)
+
+    def model():
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 12, subsample_size=4) as rows:
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.7), obs=x[rows])
+
+    def guide():
+        m = pyro.sample("m", dist.Normal(0.5, 0.4))
+        with pyro.plate("data", 12, subsample_size=4) as rows:
+            pyro.sample("z", dist.Normal((m + 2 * x[rows]) / 3, 0.9))
+
+    found = integrated_log_likelihood(model, guide, num_samples=5, num_particles=2000, adaptive=adaptive, **QUIET)
+    exact = dist.Normal(found.globals["m"][:, None], 1.49**0.5).log_prob(x)
+    assert found.shape == (5, 12)
+    assert ((found - exact) / found.standard_error).abs().max() < 5
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_sequential_plate_with_a_latent_outside(parallel):
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z_{i}", dist.Normal(m, 1.2))
+            pyro.sample(f"x_{i}", dist.Normal(z, 0.7), obs=x[i])
+
+    def guide(x):
+        m = pyro.sample("m", dist.Normal(0.5, 0.5))
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z_{i}", dist.Normal((m + 3 * x[i]) / 4, 0.8))
+
+    x, options = X[:4], {"num_samples": 6, "num_particles": 300, "parallel": parallel}
+    for adaptive in (False, "auto"):
+        found = integrated_log_likelihood(model, guide, x, adaptive=adaptive, **options, **QUIET)
+        assert ((found - TRUTH.log_given(x, found.globals["m"])) / found.standard_error).abs().max() < 5
+    for tool in (
+        lambda: integrated_log_likelihood(model, guide, x, adaptive=True, **options, **QUIET),
+        lambda: draw_posterior(model, guide, x, parallel=parallel, **QUIET),
+        lambda: from_pyro_svi(model, guide, x, num_samples=5, parallel=parallel, **QUIET),
+    ):
+        with pytest.raises(ValueError, match="plate 'data' is a Python loop"):
+            tool()
+
+
+def test_many_latents_of_a_point_are_drawn_by_the_guide_alone():
+    """Nothing comes from the prior then, and weights are not bounded."""
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(m.unsqueeze(-1).expand(*m.shape, 9), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.mean(-1), 0.5), obs=x)
+
+    def guide(x):
+        m = pyro.sample("m", dist.Normal(0.5, 0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(m.unsqueeze(-1).expand(*m.shape, 9), 1.0).to_event(1))
+
+    found = integrated_log_likelihood(model, guide, X, num_samples=4, num_particles=2000, **QUIET)
+    exact = dist.Normal(found.globals["m"][:, None], (0.25 + 1 / 9) ** 0.5).log_prob(X)
+    assert not found.bounded
+    assert ((found - exact) / found.standard_error)[~found.doubtful].abs().max() < 5
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_data_are_looked_at_before_the_joint_evidence(bad):
+    x = X.clone()
+    x[3] = bad
+    with pytest.raises(ValueError, match="infinite, the first at row 3"):
+        adaptive_importance_sampling(TRUTH.model, TRUTH.guide, x, plate=None, **QUIET)

@@ -184,6 +184,9 @@ def test_a_sequential_plate_of_data_points(parallel):
     assert particles.latents["z_2"].shape == (5, 1)
     evidence = importance_sampling(model, guide, x, num_particles=50, parallel=parallel, progress=False)
     torch.testing.assert_close(evidence.log_evidence, exact.double(), atol=1e-6, rtol=0)
+    for tool in (adaptive_importance_sampling, annealed_importance_sampling):  # no dimension has the data points
+        with pytest.raises(ValueError, match="plate 'data' is a Python loop"):
+            tool(model, guide, x, parallel=parallel, progress=False)
 
 
 def test_a_markov_chain_one_particle_at_a_time():
