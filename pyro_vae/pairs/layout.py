@@ -105,8 +105,8 @@ class Layout:
         if self.sequential:
             raise ValueError(
                 f"{what}: plate {self.plate!r} is a Python loop, each of whose sites belongs to one data point; "
-                "expected data points in a dimension. Try pyro.plate(…, dim=-1) in place of the loop, or draw_particles, "
-                "importance_sampling and prior_sampling, which take loops."
+                "expected data points in a dimension. Try pyro.plate(…, dim=-1) in place of the loop, or "
+                "draw_particles, importance_sampling and prior_sampling, which take loops."
             )
 
     def _points(self, site: dict) -> list[int]:
