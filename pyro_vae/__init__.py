@@ -22,7 +22,7 @@ from pyro_vae.evidence import (
     sandwich,
 )
 from pyro_vae.models import VAE, fit_layers, stack
-from pyro_vae.objectives import BetaELBO, DenoisingELBO, ImportanceWeightedELBO
+from pyro_vae.objectives import BetaELBO, CombinedELBO, DenoisingELBO, ForwardKL, ImportanceWeightedELBO
 from pyro_vae.particles import Particles, draw_particles, impute, simulate
 from pyro_vae.training import FitResult, fit
 
@@ -30,11 +30,13 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE",
     "BetaELBO",
+    "CombinedELBO",
     "Comparison",
     "CompiledELBO",
     "DenoisingELBO",
     "Evidence",
     "FitResult",
+    "ForwardKL",
     "ImportanceWeightedELBO",
     "LatentUsage",
     "Particles",

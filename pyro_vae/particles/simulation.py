@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
-from pyro_vae.pairs.sites import sample_sites, site_log_prob
+from pyro_vae.pairs.simulated import check_generates, observed_arguments, with_simulated
+from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -81,38 +82,9 @@ def simulate(
         observed = {n: s for n, s in sample_sites(sampler.traces(1)[1]).items() if s["is_observed"]}
         drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))
     latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.pair.latents}
-    inputs = {i: a for i, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
-    replaced: dict[Any, Tensor] = {}
-    for name, site in observed.items():
-        value = site["value"]
-        keys = [
-            key
-            for key, a in inputs.items()
-            if a.data_ptr() == value.data_ptr() and a.numel() == value.numel() == drawn[name]["value"].numel()
-        ]
-        if not keys:
-            raise ValueError(
-                f"site {name!r}: its observed value is none of the arguments, so that it is not known where to put a "
-                "simulated one. Try a model that observes an argument as it is, or simulate by hand and pass "
-                "exact_draw={site: draws} to an estimator."
-            )
-        replaced |= {key: drawn[name]["value"].reshape(inputs[key].shape).to(inputs[key].dtype) for key in keys}
-    new = tuple(replaced.get(i, a) for i, a in enumerate(args)), {n: replaced.get(n, a) for n, a in kwargs.items()}
-    _check_generates(sampler, drawn, new)
-    return Simulation(*new, latents)
-
-
-def _check_generates(sampler: ParticleSampler, drawn: dict[str, dict], arguments: tuple[tuple, dict]) -> None:
-    """Raises ValueError where sites have other distributions with the simulated arguments than they were drawn from."""
+    keys = observed_arguments(observed, drawn, args, kwargs)
+    new = with_simulated(args, kwargs, keys, drawn)
     values = {name: site["value"] for name, site in drawn.items() if not site["infer"].get("was_observed")}
-    with torch.no_grad(), evaluation_mode(sampler.model), sampler.rows.using(*arguments):
-        sites = sample_sites(sampler.run(sampler.model, 1, values=values))
-    for name in sites.keys() & drawn.keys():
-        before, after = (site_log_prob({**s, "value": drawn[name]["value"]}) for s in (drawn[name], sites[name]))
-        before, after = torch.broadcast_tensors(before, after)
-        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise ValueError(
-                f"site {name!r}: its distribution depends on an argument that the model observes, so that data drawn "
-                "in its place are no draw from the model. Try to pass what the model reads (a mean of x, its "
-                "last step) as an argument of its own, or to simulate by hand."
-            )
+    with torch.no_grad(), evaluation_mode(model, guide), sampler.rows.using(*new):
+        check_generates(drawn, sample_sites(sampler.run(model, 1, values=values)))
+    return Simulation(*new, latents)
