@@ -54,7 +54,7 @@ class ForwardKL(ELBO):
         Le, Kosiorek, Siddharth, Teh & Wood (2019), Revisiting Reweighted Wake-Sleep, section 3.
 
     Example:
-        >>> import pyro.distributions as dist
+        >>> import pyro, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", len(x)):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -72,6 +72,11 @@ class ForwardKL(ELBO):
         super().__init__(num_particles=check_num_particles(num_particles))
         self.plate = plate
         self._simulators: dict[tuple, Simulator] = {}  # of the last pair, by the kinds of its arguments
+
+    def __copy__(self) -> ForwardKL:  # what is known of a pair is shared: a copy may find it while it is recorded
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_simulators": {}}
@@ -97,7 +102,7 @@ class ForwardKL(ELBO):
 
     def _loss(self, model: Callable, guide: Callable, args: tuple, kwargs: dict) -> Tensor:
         if any((known.model, known.guide) != (model, guide) for known in self._simulators.values()):
-            self._simulators = {}
+            self._simulators.clear()
         kinds = tuple((key, isinstance(a, Tensor)) for key, a in [*enumerate(args), *kwargs.items()])
         if kinds not in self._simulators:
             self._simulators[kinds] = Simulator(model, guide, args, kwargs, self.plate)

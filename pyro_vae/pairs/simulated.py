@@ -29,7 +29,8 @@ def observed_arguments(
     Raises:
         ValueError: an observed value that is none of the arguments, or of another size than a draw of its site.
     """
-    inputs = {key: a for key, a in [*enumerate(args), *kwargs.items()] if isinstance(a, Tensor)}
+    arguments: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
+    inputs = {key: a for key, a in arguments if isinstance(a, Tensor)}
     found = {}
     for name, site in observed.items():
         value = site["value"]
