@@ -16,7 +16,6 @@ import torch
 from pyro import poutine
 from random_models import FAMILIES, RandomPair, data_of
 from same_as_pyro import gradients
-from torch.fx.experimental import proxy_tensor
 
 from pyro_vae import CompiledELBO, importance_sampling
 from pyro_vae.compiled import recording
@@ -43,8 +42,6 @@ def recordings(monkeypatch):
         return run
 
     monkeypatch.setattr(recording, "make_fx", counted)
-    # what shapes nodes have takes two thirds of the time of a recording, and replays do not read it
-    monkeypatch.setattr(proxy_tensor, "set_meta", lambda proxy, value: proxy, raising=False)
     return made
 
 
