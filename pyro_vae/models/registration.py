@@ -1,8 +1,7 @@
 r"""A VAE's weights in a run of Pyro: names for them, and the values that they have in this run.
 
-`pyro.infer.SVI` trains the parameters that the model and guide pass to `pyro.param`, and the store is one for the whole
-process. Two VAEs must not meet there: Pyro would give the second the weights of the first. A VAE whose name is taken
-therefore gets the next free one of name, name_2, name_3, …; its weights are called `name$$$role.parameter`.
+`pyro.infer.SVI` trains the parameters that the model and guide pass to `pyro.param`. A VAE's weights are called
+`name$$$role.parameter`, by a name that no other has (`pyro_vae.pairs.names`).
 
 A network has one set of weights for all rows. They are therefore declared outside of all plates, also where the VAE is
 called inside of one: under `poutine.lift`, and as a `PyroSample`, a weight is one latent of the whole model,
@@ -14,9 +13,8 @@ whose prior a mini-batch does not scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from itertools import chain, count
 from typing import Any
 
 import pyro
@@ -28,8 +26,9 @@ from pyro.poutine.messenger import Messenger, block_messengers
 from torch import Tensor, nn
 
 from pyro_vae.distributions.structure import condition
+from pyro_vae.pairs.names import trainable
 
-__all__ = ["Declared", "declare", "random_attributes", "store_name"]
+__all__ = ["Declared", "declare", "random_attributes"]
 
 NOTHING: Mapping[str, Tensor] = {}
 WHOLE_RUNS = ("particles_vectorized", "num_predictive_samples")  # how Pyro's plates of many runs at once are called
@@ -71,13 +70,13 @@ def declare(parts: Mapping[str, Any], role: str, name: str) -> Declared:
     Args:
         parts: {role: conditional distribution}.
         role: the part.
-        name: the name of the VAE in the parameter store, from `store_name`.
+        name: the name of the VAE in the parameter store, from `pyro_vae.pairs.names.store_name`.
 
     Raises:
         ValueError: a weight comes back random and in another shape, such as one for each of many particles.
     """
     part = parts[role]
-    parameters = dict(_trainable(part))
+    parameters = dict(trainable(part))
     with block_messengers(_is_plate):
         values = {key: pyro.param(f"{name}$$${role}.{key}", p) for key, p in parameters.items()}
         sites = _sample_attributes(part)
@@ -92,46 +91,6 @@ def declare(parts: Mapping[str, Any], role: str, name: str) -> Declared:
             "handler. Try PyroSample for a weight that is to be random."
         )
     return Declared(part, role, changed, sites)
-
-
-def store_name(parts: Mapping[str, Any], role: str, current: str, name: str) -> str:
-    """The name under which to register the weights: one under which the store holds no other VAE's weights.
-
-    Args:
-        parts: {role: conditional distribution}.
-        role: the part that is about to be registered.
-        current: the name under which the weights were registered last.
-        name: the name that the VAE was given.
-
-    Returns:
-        The first that is free of `current`, name, name_2, name_3, ….
-
-    Raises:
-        ValueError: the store holds a parameter of such a name that is not a weight of a VAE.
-    """
-    store = pyro.get_param_store()
-    first = next(_trainable(parts[role]), None)
-    if first is None:
-        return current
-    key = f"{current}$$${role}.{first[0]}"
-    if key in store and store[key] is first[1]:
-        return current  # the usual case: every run after the first
-    mine = {f"{r}.{n}": p for r, part in parts.items() for n, p in _trainable(part)}
-    for candidate in chain([current, name], (f"{name}_{i}" for i in count(2))):
-        keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
-        clashes = [key for key, p in keys.items() if key in store and store[key] is not p]
-        strange = [key for key in clashes if not hasattr(store[key], "_pyro_vae")]
-        if strange:
-            raise ValueError(
-                f"VAE {name!r}: Pyro's parameter store already holds {strange[0]!r}, which is not a weight of a VAE. "
-                "Pyro would train that one, and not the weight that this VAE uses. Try VAE(…, name=…) with another "
-                "name, pyro.clear_param_store(), or load_state_dict to load weights."
-            )
-        if not clashes:
-            break
-    for p in mine.values():
-        p._pyro_vae = True  # type: ignore[attr-defined]  # a mark, by which another VAE knows it
-    return candidate
 
 
 def random_attributes(part: Any) -> list[tuple[PyroModule, str]]:
@@ -217,8 +176,3 @@ class _Conditioned(nn.Module):
 
     def forward(self, *inputs: Tensor, **options: Any) -> Any:
         return condition(self.part, *inputs, **options)
-
-
-def _trainable(part: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    named = part.named_parameters() if isinstance(part, nn.Module) else ()
-    return ((name, p) for name, p in named if p.requires_grad)

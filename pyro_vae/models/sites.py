@@ -18,7 +18,8 @@ from torch import Size, Tensor, nn
 
 from pyro_vae.distributions.structure import condition
 from pyro_vae.models.inputs import check_event, check_likelihood, check_posterior
-from pyro_vae.models.registration import Declared, declare, store_name
+from pyro_vae.models.registration import Declared, declare
+from pyro_vae.pairs.names import store_name
 
 __all__ = ["declared", "latent_shape", "model_sites", "posterior_of"]
 
@@ -80,7 +81,7 @@ def latent_shape(vae: Any) -> Size:
 def declared(vae: Any, role: str) -> Declared:
     """The conditional distribution in this role, with its weights registered with Pyro."""
     parts = {"prior": vae.prior, "likelihood": vae.likelihood, "posterior": vae.posterior}
-    name = store_name(parts, role, vae._registered, vae.name)
+    name = store_name(parts, role, vae._registered, vae.name, what="VAE")
     if name != vae._registered:
         vae._registered = name
     return declare(parts, role, name)

@@ -51,6 +51,11 @@ NEED_NO_DOOR = {
     "BetaELBO.not_a_bound": "gives a text",
     "FitResult.add_epoch": "takes losses",
     "FitResult.stalled": "looks at losses",
+} | {
+    f"{guide}.{part}": "a part of a pair"
+    for guide in ("AmortizedNormal", "AmortizedMultivariateNormal", "AmortizedFlow")
+    for part in ("forward", "set_up", "register", "make_chain", "make_head", "chain_of", "family")
+    if (guide, part) != ("AmortizedFlow", "family")
 }
 
 

@@ -1,0 +1,181 @@
+r"""`RowGuide`: a guide for the latents of data points, of any shape and support, in any model.
+
+    q(θ, z|x) = q(θ) Π_n q(u_n|x_n, θ) |du_n/dz_n|,    z_n the image of u_n ∈ R^D under the bijections of the supports.
+
+It has no sites but the model's, each with a density at any value: q(u|x) is a chain over sites
+(`pyro_vae.guides.chain`), and the model is run up to its last latent to say where each site is
+(`pyro_vae.guides.walk`). q(θ), of the latents outside of the plate, is another guide.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_vae.guides.chain import Chain
+from pyro_vae.guides.latents import Latents
+from pyro_vae.guides.prototype import find_latents
+from pyro_vae.guides.summaries import quantiles, sample_posterior
+from pyro_vae.guides.walk import Capture, Walk
+from pyro_vae.pairs.checks import check_function
+from pyro_vae.pairs.threads import one_thread
+
+__all__ = ["RowGuide"]
+
+
+class RowGuide(nn.Module):
+    """Abstract base class: a subclass has `make_chain`, the factors of q(u|x) for the rows of a call.
+
+    The first call runs the model some more times, without changing anything, to find its latents, as Pyro's autoguides
+    do.
+
+    Args:
+        model: a Pyro model. It should give each call the same latents.
+        plate: name of the plate of data points.
+        outside: guide of the latents outside of the plate: a class of Pyro's autoguides, an instance of one (or any
+            guide of these latents), or None, where they have a guide elsewhere.
+        given: names of latents outside of the plate that q(z|x, θ) is conditioned on.
+    """
+
+    def __init__(self, model: Callable, *, plate: str, outside: Any, given: Sequence[str]) -> None:
+        super().__init__()
+        check_function("model", model)
+        self._model = (model,)  # in a tuple: its parameters are none of the guide's
+        self.plate, self.given = plate, tuple(given)
+        self.latents: Latents | None = None
+        self._make_outside = outside
+        self.outside: Any = None
+
+    @property
+    def model(self) -> Callable:
+        return self._model[0]
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @abstractmethod
+    def make_chain(
+        self, size: int, indices: Tensor | None, given: Tensor | None, args: tuple, kwargs: dict[str, Any]
+    ) -> Chain:
+        """q(u|x) of the rows of a call, as factors.
+
+        Args:
+            size: rows of the plate.
+            indices: those that the plate drew, if it subsamples.
+            given: coordinates of the latents in `given`, (*particles, 1, G); None without any.
+            args: of the call.
+            kwargs: of the call.
+        """
+
+    def set_up(self, args: tuple, kwargs: dict[str, Any]) -> Latents:
+        """Finds the latents of the model, on the first call."""
+        if self.latents is not None:
+            return self.latents
+        latents = find_latents(
+            *(self.model, args, kwargs, self.plate, self.name),
+            outside=self._make_outside is not None,
+            given=self.given,
+        )
+        if latents.outside and isinstance(self._make_outside, type):
+            self.outside = self._make_outside(Exposed(self.model, latents.outside))
+        elif latents.outside:
+            self.outside = self._make_outside
+        if self.given and self.outside is None:
+            raise ValueError(f"{self.name}: given={list(self.given)} needs a guide for these. Try outside=AutoNormal.")
+        self.latents = latents
+        return latents
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        latents = self.set_up(args, kwargs)
+        self.register()
+        with Capture(latents.outside) as capture:
+            if self.outside is not None:
+                self.outside(*args, **kwargs)
+        values = self._complete(capture.values)
+        walk = Walk(
+            *(latents, self.plate, values, self.given),
+            lambda size, indices, given: self.make_chain(size, indices, given, args, kwargs),
+            self.name,
+        )
+        return capture.values | walk.run(self.model, args, kwargs)
+
+    def register(self) -> None:
+        """Declares what trains to Pyro."""
+
+    # -- what is known of q -------------------------------------------------------------------------------------------
+
+    @one_thread
+    def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
+        """q(u|x) of the unconstrained latents of each row, of batch shape (N,) and event shape (D,).
+
+        The order of coordinates is that of the model's sites; latents that q is conditioned on (`given`) are at their
+        median.
+        """
+        latents, found = self.set_up(args, kwargs), []
+
+        def make(size: int, indices: Tensor | None, given: Tensor | None) -> Chain:
+            found.append(self.make_chain(size, indices, given, args, kwargs).joint([z.size for z in latents.inside]))
+            return self.make_chain(size, indices, given, args, kwargs)
+
+        with poutine.block(), torch.no_grad():
+            values = self._medians_outside(args, kwargs)
+        with poutine.block():
+            Walk(latents, self.plate, values, self.given, make, self.name).run(self.model, args, kwargs)
+        return found[0]
+
+    @one_thread
+    def sample_posterior(
+        self, *args: Any, num_samples: int = 1000, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Draws of q, {site: (S, N, *inner plates, *event)}; without N for latents outside of the plate."""
+        return sample_posterior(self, num_samples, args, kwargs, seed=seed)
+
+    @one_thread
+    def quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of q of each element, {site: (len(levels), N, *inner plates, *event)}.
+
+        Those of a Gaussian under a bijection of single elements are exact; others are of 10 000 draws.
+        """
+        return quantiles(self, levels, args, kwargs)
+
+    @one_thread
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of q of each element, {site: (N, *inner plates, *event)}."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    def _medians_outside(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        if self.outside is None:
+            return {}
+        if hasattr(self.outside, "median"):
+            return self.outside.median(*args, **kwargs)
+        with Capture(self.latents.outside) as capture:
+            self.outside(*args, **kwargs)
+        return capture.values
+
+    def _complete(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = self.latents
+        missing = [name for name in latents.outside if name not in values]
+        if missing and self.outside is not None:
+            raise ValueError(
+                f"{self.name}: outside={type(self.outside).__name__} did not sample {missing}; expected all latents "
+                f"outside of plate {self.plate!r}: {list(latents.outside)}. Try outside=AutoNormal, or None for a "
+                "guide elsewhere."
+            )
+        return values
+
+
+class Exposed:
+    """A model of which only some latents are seen. An object, so that a guide of it can be pickled."""
+
+    def __init__(self, model: Callable, names: tuple[str, ...]) -> None:
+        self.model, self.names = model, names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with poutine.block(expose=list(self.names)):
+            return self.model(*args, **kwargs)

@@ -1,0 +1,85 @@
+"""What an amortized guide's network reads: rows of the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["features_of", "first_tensor"]
+
+
+def first_tensor(*args: Any, **kwargs: Any) -> Tensor:
+    """The first argument that is a tensor with rows; a vector is a column of rows."""
+    rows = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim()), None)
+    if rows is None:
+        raise ValueError(
+            "amortized guide: expected a tensor among the arguments, whose rows the network reads, got none. Try "
+            "inputs=…, a function of the arguments."
+        )
+    return rows.unsqueeze(-1) if rows.dim() == 1 else rows
+
+
+def features_of(
+    network: Callable, rows: Any, guide: str, size: int | None = None, indices: Tensor | None = None
+) -> Tensor:
+    """h of the rows, (N, F).
+
+    Args:
+        network: maps rows to features.
+        rows: a tensor, or a tuple of these.
+        guide: name of the guide, for messages.
+        size: rows of the plate.
+        indices: rows that the plate drew.
+
+    Raises:
+        ValueError: another number of rows than the plate has, rows of another width than the network takes, or an
+            output that is not (N, F).
+    """
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    for r in rows:
+        if not isinstance(r, Tensor) or r.dim() == 0:
+            raise ValueError(
+                f"{guide}: inputs: expected a tensor with a row for each data point, or a tuple of these, got "
+                f"{type(r).__name__}. Try inputs=lambda x: x."
+            )
+    lengths = {len(r) for r in rows}
+    if size is not None and lengths != {size}:
+        if indices is None or len(lengths) != 1 or len(indices) != size or int(indices.max()) >= min(lengths):
+            raise ValueError(
+                f"{guide}: inputs: expected {size} rows, as the plate has, got {', '.join(map(str, sorted(lengths)))}. "
+                "Try inputs=…, a function of the arguments that gives a row for each data point."
+            )
+        rows = tuple(r[indices] for r in rows)
+    weight = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
+    if weight is not None:  # counts and masks are read as numbers
+        rows = tuple(r.to(weight.dtype) if not r.is_floating_point() and not _embeds(network) else r for r in rows)
+    try:
+        features = network(*rows)
+    except RuntimeError as error:
+        shapes = " and ".join(str(tuple(r.shape[1:])) for r in rows)
+        raise ValueError(
+            f"{guide}: network: it does not take rows of shape {shapes}{_expects(network)}: {error}. Try a network "
+            f"whose input has the width {rows[0].shape[-1]}, or inputs=…, a function of the arguments."
+        ) from error
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(rows[0]):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"{guide}: network: expected features of shape ({len(rows[0])}, width), a row for each data point, got "
+            f"{got}. Try nn.Flatten() at its end."
+        )
+    return features
+
+
+def _embeds(network: Any) -> bool:
+    return any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in network.modules())
+
+
+def _expects(network: Any) -> str:
+    first = (
+        next((m for m in network.modules() if isinstance(m, nn.Linear)), None)
+        if isinstance(network, nn.Module)
+        else None
+    )
+    return "" if first is None else f" (its first layer takes a width of {first.in_features})"

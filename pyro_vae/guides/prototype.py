@@ -1,0 +1,217 @@
+"""`find_latents`: a model's latents, found by running it a few times and changing nothing.
+
+Draws of the prior say where each coordinate lies and how wide it is; a guide measures u in these units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from math import ceil
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.guides.latents import Latent, Latents, coordinates_outside
+from pyro_vae.pairs.checks import check_plate
+from pyro_vae.pairs.handlers import StopAfter
+from pyro_vae.pairs.look import Look, look
+from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites, site_mask
+from pyro_vae.pairs.supports import bijection, support_of
+
+__all__ = ["find_latents"]
+
+DRAWS = 100  # of each coordinate under the prior, to find its centre and spread
+MOST_RUNS = 20  # of the model for that
+SPREADS = 1e-4, 1e4
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """A guide without sites."""
+
+
+def find_latents(
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    plate: str,
+    guide: str,
+    *,
+    outside: bool,
+    given: tuple[str, ...] = (),
+) -> Latents:
+    """Runs the model and describes its latents; changes nothing.
+
+    Args:
+        model: a Pyro model.
+        args: what it is called with.
+        kwargs: what it is called with.
+        plate: name of the plate of data points.
+        guide: name of the guide, for messages.
+        outside: whether the guide draws the latents outside of the plate.
+        given: names of those of them that q is conditioned on.
+
+    Raises:
+        ValueError: no such plate, or a Python loop; no latent in it; a discrete latent that is not marked for
+            enumeration; a support without a bijection, or that depends on a latent which the guide does not draw;
+            latents that come and go; a mask under reinterpreted dimensions.
+    """
+    looks = [look(model, nothing, args, kwargs) for _ in range(2)]
+    check_plate(looks[0], plate)
+    sites = _latent_sites(looks[0])
+    other = _latent_sites(looks[1])
+    if sites.keys() != other.keys():
+        names = sorted(sites.keys() ^ other.keys())
+        raise ValueError(
+            f"{guide}: latent sites {names} appear in some runs of the model only; expected the same latents each "
+            "time. Try poutine.mask in place of the branch, or a guide of your own for them."
+        )
+    left_out = tuple(name for name, site in sites.items() if enumerates(site))
+    continuous = {name: site for name, site in sites.items() if name not in left_out}
+    _check_continuous(continuous, guide)
+    inside = _inside(continuous, looks[0], plate, guide)
+    own = [latent.name for latent in inside]
+    others = [name for name, site in continuous.items() if not is_inside(site, plate)]
+    _check_supports(model, args, kwargs, sites, own, [*own, *others] if outside else own, guide)
+    _check_given(given, others, plate, guide)
+    runs = [_latent_sites(found) for found in looks]
+    rows = [_rows(inside, run) for run in runs]
+    missing = MOST_RUNS if given else ceil((DRAWS - 2 * len(rows[0])) / max(1, len(rows[0])))
+    stopped = _stopped(model, [*own, *others])
+    for _ in range(min(MOST_RUNS, missing)):
+        runs.append(_latent_sites(look(stopped, nothing, args, kwargs)))
+        rows.append(_rows(inside, runs[-1]))
+    centre, spread = _centre_and_spread(torch.cat(rows))
+    parts = [[coordinates_outside(n, run[n]["fn"], run[n]["value"], inside[0].nesting) for n in given] for run in runs]
+    of_given = _centre_and_spread(torch.cat([torch.cat(run, -1) for run in parts])) if given else (centre[:0],) * 2
+    masks = {name: site_mask(site) for name, site in continuous.items()}
+    return Latents(
+        tuple(inside),
+        tuple(others),
+        left_out,
+        inside[0].nesting,
+        centre,
+        spread,
+        *of_given,
+        tuple(name for name, mask in masks.items() if mask is not None and not bool(mask.all())),
+    )
+
+
+def _latent_sites(found: Look) -> dict[str, dict]:
+    return {name: site for name, site in sample_sites(found.model).items() if not site["is_observed"]}
+
+
+def _check_continuous(sites: Mapping[str, dict], guide: str) -> None:
+    for name, site in sites.items():
+        base = site["fn"].base_dist if isinstance(site["fn"], dist.MaskedDistribution) else site["fn"]
+        while hasattr(base, "base_dist"):
+            base = base.base_dist
+            if isinstance(base, dist.MaskedDistribution):
+                raise ValueError(
+                    f"{guide}: site {name!r} has a mask under its reinterpreted dimensions; expected one of "
+                    "whole values. Try .to_event(…).mask(…) in this order, or a plate for the elements that are masked."
+                )
+        if getattr(support_of(site["fn"]), "is_discrete", False):
+            raise ValueError(
+                f"{guide}: site {name!r} is discrete ({type(site['fn']).__name__}); expected continuous latents, "
+                "and discrete ones marked to be summed out. Try pyro.infer.config_enumerate(model) for model and "
+                "guide, with TraceEnum_ELBO."
+            )
+
+
+def _inside(sites: Mapping[str, dict], found: Look, plate: str, guide: str) -> list[Latent]:
+    frames = [frame for frame in plate_frames(found.model) if frame.name == plate]
+    dims = {frame.dim for frame in frames}
+    if len(dims) != 1 or None in dims:
+        raise ValueError(
+            f"{guide}: plate {plate!r} is a Python loop, or at several dims ({sorted(map(str, dims))}); expected its "
+            "data points in one dimension. Try pyro.plate(…, dim=-1) in place of the loop."
+        )
+    dim = dims.pop()
+    own = {name: site for name, site in sites.items() if is_inside(site, plate)}
+    if not own:
+        raise ValueError(
+            f"{guide}: the model has no continuous latent inside of plate {plate!r} (latents: "
+            f"{sorted(sites) or 'none'}). Try one of Pyro's autoguides, or plate=… with the name of the "
+            "plate that the latents are in."
+        )
+    all_frames = [frame.dim for frame in plate_frames(found.model) if frame.dim is not None]
+    nesting = max(-min(all_frames), *(len(site["fn"].batch_shape) for site in own.values()))
+    latents, start = [], 0
+    for name, site in own.items():
+        fn = site["fn"]
+        batch = (1,) * (nesting - len(fn.batch_shape)) + tuple(fn.batch_shape)
+        declared = {frame.dim for frame in site["cond_indep_stack"]}
+        inner = tuple(d for d in range(-nesting, 0) if d != dim and (d in declared or batch[d] > 1))
+        try:
+            shape = tuple(bijection(name, fn).inverse_shape(fn.event_shape))
+        except ValueError as error:
+            raise ValueError(f"{guide}: {error}") from error
+        latents.append(Latent(name, start, shape, dim, inner, tuple(batch[d] for d in inner), nesting))
+        start = latents[-1].stop
+    return latents
+
+
+def _check_given(given: tuple[str, ...], outside: list[str], plate: str, guide: str) -> None:
+    unknown = [name for name in given if name not in outside]
+    if unknown:
+        raise ValueError(
+            f"{guide}: given={unknown} are no continuous latents outside of plate {plate!r}; expected some of "
+            f"{outside}."
+        )
+
+
+def _check_supports(
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    sites: Mapping[str, dict],
+    inside: list[str],
+    drawn: list[str],
+    guide: str,
+) -> None:
+    """Raises ValueError if a support depends on a latent that the guide does not draw."""
+    others = sites.keys() - set(drawn)
+    if not others:
+        return
+    values = {name: sites[name]["value"] for name in drawn}
+    for _ in range(4):
+        again = _latent_sites(look(model, nothing, args, kwargs, values=values))
+        for name in inside:
+            u = bijection(name, sites[name]["fn"]).inv(values[name])
+            if not torch.allclose(bijection(name, again[name]["fn"])(u), values[name], rtol=1e-3, equal_nan=True):
+                raise ValueError(
+                    f"{guide}: the support of site {name!r} depends on {sorted(others)}, which this guide does not "
+                    "draw. Expected supports that depend on its own latents only. Try outside=AutoNormal for latents "
+                    "outside of the plate, or a latent with a fixed support of which this one is a function."
+                )
+
+
+def _stopped(model: Callable, names: list[str]) -> Callable:
+    """The model up to its last latent: no decoder runs."""
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        with suppress(StopAfter.Done):
+            StopAfter(names)(model)(*args, **kwargs)
+
+    return run
+
+
+def _rows(inside: list[Latent], sites: Mapping[str, dict]) -> Tensor:
+    """u of a run, (N, D)."""
+    parts = [
+        latent.to_rows(bijection(latent.name, sites[latent.name]["fn"]).inv(sites[latent.name]["value"]))
+        for latent in inside
+    ]
+    return torch.cat(parts, -1)
+
+
+def _centre_and_spread(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and interquartile range, in standard deviations of a Normal, of draws (S, D) that may not be finite."""
+    level = torch.tensor([0.25, 0.5, 0.75], dtype=u.dtype, device=u.device)
+    known = torch.where(u.isfinite(), u, torch.nan)
+    low, centre, high = known[:100_000].nanquantile(level, 0)
+    spread = ((high - low) / 1.349).nan_to_num(1.0)
+    return centre.nan_to_num(0.0), torch.where(spread > 0, spread.clamp(*SPREADS), 1.0)

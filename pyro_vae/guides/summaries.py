@@ -1,0 +1,103 @@
+"""Draws and quantiles of a guide, in the axes (draws, N data points, *inner plates, *event)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_vae.distributions.gaussians import MultivariateNormal
+from pyro_vae.guides.latents import Latent
+from pyro_vae.guides.sites import acts_on_elements
+from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.layout import Layout
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
+from pyro_vae.pairs.sites import sample_sites
+from pyro_vae.pairs.supports import bijection
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["quantiles", "sample_posterior"]
+
+DRAWS = 10_000  # for quantiles that have no closed form
+
+
+@seeded
+def sample_posterior(
+    guide: Any, num_samples: int, args: tuple, kwargs: dict[str, Any], *, seed: int | None = None
+) -> dict[str, Tensor]:
+    """As `RowGuide.sample_posterior`."""
+    num_samples = check_num_particles(num_samples, "num_samples")
+    sampler = _sampler(guide, args, kwargs)
+    with torch.no_grad(), evaluation_mode(guide):
+        return _aligned(sampler, guide, sampler.run(guide, num_samples))
+
+
+def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """As `RowGuide.quantiles`."""
+    level = torch.as_tensor(levels, dtype=torch.float64)
+    if level.dim() != 1 or not ((level > 0) & (level < 1)).all():
+        raise ValueError(
+            f"quantiles: expected a sequence of levels between 0 and 1, got {levels}. Try [0.05, 0.5, 0.95]."
+        )
+    sampler, found = _sampler(guide, args, kwargs), {}
+    with torch.no_grad(), evaluation_mode(guide), torch.random.fork_rng():
+        sites = sample_sites(sampler.run(guide, 8))
+        q = None if guide.given else guide.get_posterior(*args, **kwargs)
+        if isinstance(q, (dist.Independent, MultivariateNormal)):
+            u = q.mean + q.variance.sqrt() * torch.special.ndtri(level).to(q.mean)[:, None, None]  # (Q, N, D)
+            for latent in guide.latents.inside:
+                if _is_fixed(latent, sites[latent.name]["fn"]):
+                    value = _value(latent, sites[latent.name]["fn"], u[..., latent.start : latent.stop])
+                    found[latent.name] = sampler.layout.align({**sites[latent.name], "value": value})
+        if guide.outside is not None and hasattr(guide.outside, "quantiles"):
+            of_outside = guide.outside.quantiles([float(x) for x in levels], *args, **kwargs)
+            found |= {name: torch.as_tensor(value) for name, value in of_outside.items()}
+        missing = sites.keys() - found.keys()
+        if missing:
+            draws = _aligned(sampler, guide, sampler.run(guide, DRAWS))
+            found |= {name: _empirical(draws[name], level) for name in draws.keys() - found.keys()}
+    return {name: found[name] for name in _names(guide)}
+
+
+def _sampler(guide: Any, args: tuple, kwargs: dict[str, Any]) -> ParticleSampler:
+    """Of the guide alone, in the role of the model as well."""
+    guide.set_up(args, kwargs)
+    return ParticleSampler(guide, guide, args, kwargs, plate=guide.plate, outside=True)
+
+
+def _names(guide: Any) -> list[str]:
+    outside = [] if guide.outside is None else guide.latents.outside
+    return [*outside, *(latent.name for latent in guide.latents.inside)]
+
+
+def _aligned(sampler: ParticleSampler, guide: Any, trace: Any) -> dict[str, Tensor]:
+    around = Layout(sampler.pair.look, None, sampler.rows)
+    inside = {latent.name for latent in guide.latents.inside}
+    return {
+        name: sampler.layout.align(trace.nodes[name]) if name in inside else around.align(trace.nodes[name])[:, 0]
+        for name in _names(guide)
+    }
+
+
+def _is_fixed(latent: Latent, fn: Any) -> bool:
+    """Whether a site's bijection acts on single elements, and is the same in each of many draws."""
+    transform = bijection(latent.name, fn)
+    if not acts_on_elements(transform):
+        return False
+    values = transform(torch.zeros(fn.batch_shape + latent.shape))
+    return bool((values == values[:1]).all())
+
+
+def _value(latent: Latent, fn: Any, rows: Tensor) -> Tensor:
+    """Values of coordinates (Q, N, size), in the dimensions of a site of many draws, of which one is enough."""
+    transform, shape = bijection(latent.name, fn), fn.batch_shape + latent.shape
+    return torch.stack([transform(u.expand(shape))[0] for u in latent.from_rows(rows)])
+
+
+def _empirical(draws: Tensor, level: Tensor) -> Tensor:
+    index = (level.to(draws.device) * len(draws)).long().clamp(max=len(draws) - 1)
+    return draws.sort(0).values[index]

@@ -1,0 +1,148 @@
+"""`Walk`: a run of the model up to its last latent, in which a guide's distributions take the place of the priors.
+
+The model says where each latent is: in which plates, with which mask and scale, and on which support, which may depend
+on other latents. Nothing of it is left in the guide's trace but the latents of the data points and the rows that a
+plate drew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.guides.chain import Chain
+from pyro_vae.guides.latents import Latents, coordinates_outside
+from pyro_vae.guides.sites import coordinates, site_distribution
+from pyro_vae.pairs.handlers import StopAfter
+
+__all__ = ["Capture", "Walk"]
+
+
+class Capture(Messenger):
+    """Keeps the values of sites, {site: value}."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.names = set(names)
+        self.values: dict[str, Tensor] = {}
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["name"] in self.names:
+            self.values[msg["name"]] = msg["value"]
+
+
+class Walk(Messenger):
+    """One run of the model in a guide.
+
+    Args:
+        latents: of the model.
+        plate: name of the plate of data points.
+        outside: values of latents outside of the plate.
+        given: those of them that the chain is conditioned on.
+        make_chain: (rows of the plate, their indices or None, coordinates of `given` or None) -> the factors of q.
+        guide: name of the guide, for messages.
+
+    Attributes:
+        values: of the latents of the data points.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        plate: str,
+        outside: Mapping[str, Tensor],
+        given: tuple[str, ...],
+        make_chain: Callable[[int, Tensor | None, Tensor | None], Chain],
+        guide: str,
+    ) -> None:
+        super().__init__()
+        self.latents, self.plate, self.outside, self.given = latents, plate, outside, given
+        self.make_chain, self.guide = make_chain, guide
+        self.values: dict[str, Tensor] = {}
+        self._inside = {latent.name: latent for latent in latents.inside}
+        self._coordinates: dict[str, Tensor] = {}
+        self._indices: Tensor | None = None
+        self._chain: Chain | None = None
+
+    def run(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Runs the model and returns the values of the latents of the data points.
+
+        Raises:
+            ValueError: other latents than at the first call.
+        """
+        with poutine.block(hide_fn=self._hides), self, suppress(StopAfter.Done):
+            StopAfter(self._inside)(model)(*args, **kwargs)
+        missing = self._inside.keys() - self.values.keys()
+        if missing:
+            raise ValueError(
+                f"{self.guide}: the model did not sample {sorted(missing)} in this run; expected the latents of the "
+                f"first call, {sorted(self._inside)}. Try poutine.mask in place of a branch, or a new guide for other "
+                "arguments."
+            )
+        return self.values
+
+    def _hides(self, site: dict) -> bool:
+        return site["name"] not in self._inside and not site_is_subsample(site)
+
+    def _pyro_sample(self, msg: dict) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if name in self._inside:
+            msg["fn"] = self._factor(name, fn)
+        elif name in self.outside:
+            msg["value"] = self.outside[name]
+            if name in self.given:
+                self._coordinates[name] = coordinates_outside(name, fn, msg["value"], self.latents.nesting)
+        elif name in self.latents.outside:
+            pass  # it has a guide elsewhere, and no support depends on it: a draw of its prior will do
+        elif name in self.latents.left_out:
+            first = fn.enumerate_support(expand=False)[0]
+            msg["value"] = first.expand(fn.batch_shape + fn.event_shape)
+        else:
+            raise ValueError(
+                f"{self.guide}: the model samples {name!r}, which it did not at the first call (latents then: "
+                f"{sorted([*self._inside, *self.latents.outside, *self.latents.left_out])}). Try poutine.mask in "
+                "place of a branch, or a new guide for other arguments."
+            )
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if site_is_subsample(msg) and msg["name"] == self.plate:
+            self._indices = msg["value"]
+        latent = self._inside.get(msg["name"])
+        if latent is None or msg["is_observed"]:
+            return
+        self.values[latent.name] = msg["value"]
+        assert self._chain is not None
+        if latent.stop < self.latents.dim:
+            self._chain.observe(coordinates(latent, msg["fn"], msg["value"]))
+
+    def _factor(self, name: str, prior: Any) -> Any:
+        latent = self._inside[name]
+        if self._chain is None:
+            missing = [n for n in self.given if n not in self._coordinates]
+            if missing:
+                raise ValueError(
+                    f"{self.guide}: given={missing} are sampled after {name!r}, which is to be conditioned on them. "
+                    "Try a model that samples what is outside of the plate first."
+                )
+            parts = [self._coordinates[n] for n in self.given]
+            given = None
+            if parts:
+                batch = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+                given = torch.cat([p.expand(*batch, -1) for p in parts], -1)
+            self._chain = self.make_chain(prior.batch_shape[latent.dim], self._indices, given)
+        sizes = tuple(prior.batch_shape[d] if -d <= len(prior.batch_shape) else 1 for d in latent.inner)
+        if sizes != latent.sizes:
+            raise ValueError(
+                f"{self.guide}: site {name!r} has inner plates of sizes {sizes}, at the first call {latent.sizes}. "
+                "Expected the same for all data. Try to pad rows of different length, and poutine.mask."
+            )
+        return site_distribution(latent, prior, self._chain.next(latent.start, latent.stop))
