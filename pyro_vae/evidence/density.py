@@ -12,12 +12,14 @@ below another): the model maps its own sites as it runs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vae.evidence.preimages import Preimages
 from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.pairs.sites import is_inside, outside_support, sample_sites, site_log_prob, site_mask
 from pyro_vae.pairs.supports import support_of
@@ -55,9 +57,18 @@ class LatentDensity:
 
     @property
     def knows_guide(self) -> bool:
-        """Whether q(u|x) can be evaluated: a guide with auxiliary variables can only be drawn from."""
-        sites = sample_sites(self._guide_trace).items()
-        return {name for name, site in sites if not site["is_observed"]} <= self.sampler.pair.latents
+        """Whether q(u|x) can be evaluated: a guide with auxiliary variables that do not follow from its latents can
+        only be drawn from."""
+        return self._drawn <= self.sampler.pair.latents or self._preimages is not None
+
+    @property
+    def _drawn(self) -> set[str]:
+        """Names of what the guide draws."""
+        return {name for name, site in sample_sites(self._guide_trace).items() if not site["is_observed"]}
+
+    @cached_property
+    def _preimages(self) -> Preimages | None:
+        return Preimages.find(self.sampler, self.rows, self._coordinates)
 
     @property
     def masked(self) -> list[str]:
@@ -113,7 +124,7 @@ class LatentDensity:
     def log_all(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log p(u), log p(x|u) and log q(u|x), each (K, N), nats."""
         prior, likelihood, log_det, latents = self._evaluate(u)
-        return prior, likelihood, self._log_posterior(latents, len(u)) + log_det
+        return prior, likelihood, self._log_posterior(latents, u) + log_det
 
     def gradient(self, u: Tensor) -> Tensor:
         """∇ log p(x, u), (K, N, D)."""
@@ -133,29 +144,27 @@ class LatentDensity:
         prior, likelihood = sampler.log_prior_likelihood(trace, count, self.rows, summed=self.discrete)
         return prior + log_det, likelihood, log_det, {name: site["value"] for name, site in sites.items()}
 
-    def _log_posterior(self, latents: dict[str, Tensor], num_particles: int) -> Tensor:
-        sites = {n: s for n, s in sample_sites(self._guide_trace).items() if not s["is_observed"]}
+    def _log_posterior(self, latents: dict[str, Tensor], u: Tensor) -> Tensor:
         if not self.knows_guide:
             raise ValueError(
-                f"the guide draws {sorted(sites.keys() - self.sampler.pair.latents)}, which are no latents of the "
-                "model, so that its density at a point is not known. Try adaptive_importance_sampling, or annealing "
-                "from there."
+                f"the guide draws {sorted(self._drawn - self.sampler.pair.latents)}, which are no latents of the "
+                "model and not their unconstrained values, so that its density at a point is not known. Try "
+                "adaptive_importance_sampling, or annealing from there."
             )
-        if len(sites) == 1 and not self.discrete:  # q depends on no other latent, and its encoder ran already
-            name, site = next(iter(sites.items()))
-            moved = {**site, "value": latents[name]}
+        if len(self._drawn) == 1 and not self.discrete:  # q depends on no other latent, and its encoder ran already
+            name = next(iter(self._drawn))
+            moved = {**self._guide_trace.nodes[name], "value": latents[name]}
             log_prob, outside = site_log_prob(moved), outside_support(moved)
             if outside is not None:
                 log_prob = log_prob.masked_fill(outside, -inf)
             return self.layout.sum_to_points(name, log_prob, self.rows)
-        trace = self.sampler.run(
-            self.sampler.guide,
-            num_particles,
-            self.rows,
-            values=latents,
-            enumerate_sites=self.sampler.pair.enumerated,
-        )
-        value = self.sampler.log_posterior(trace, num_particles, self.rows, summed=self.sampler.pair.enumerated)
+        enumerated, count = self.sampler.pair.enumerated, len(u)
+        if self._drawn <= self.sampler.pair.latents:
+            run = self.sampler.run
+            trace = run(self.sampler.guide, count, self.rows, values=latents, enumerate_sites=enumerated)
+        else:
+            trace = self._preimages.run(latents, u)
+        value = self.sampler.log_posterior(trace, count, self.rows, summed=enumerated)
         outside = self.sampler.outside(trace, self.rows)
         return value if outside is None else value.masked_fill(outside, -inf)
 
