@@ -32,7 +32,7 @@ from pyro_vae.particles.particles import chosen
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
 
-__all__ = ["PosteriorDraws", "draw_posterior"]
+__all__ = ["PosteriorDraws", "draw_posterior", "resampled"]
 
 METHODS = ("adaptive", "annealed", "importance", "prior")
 Draw = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -165,25 +165,31 @@ def _resample(
     sampler: ParticleSampler, method: str, num_samples: int, num_particles: int, progress: bool
 ) -> PosteriorDraws:
     pieces, summaries = [], []
-    rows, counts = sampler.chunks(num_particles, together=num_particles)
     with progress_bar(sampler.num_points, "posterior draws", progress) as bar:
-        for r in rows:
-            draw, summary, parts = _draws(sampler, r, method, num_particles), LogWeightSummary(num_particles), []
-            for count in counts:
-                log_weight, latents = draw(count)
-                summary.update(log_weight)
-                parts.append((log_weight.double(), latents))
-            log_weight = torch.cat([w for w, _ in parts])
-            index = _chosen(log_weight, num_samples)  # (S, n)
-            latents = {name: torch.cat([z[name] for _, z in parts]) for name in parts[0][1]}
-            pieces.append({name: chosen(z, index) for name, z in latents.items()})
-            summaries.append(summary.result())
-            bar.update(log_weight.shape[1])
+        for rows in sampler.chunks(num_particles, together=num_particles)[0]:
+            latents, summary = resampled(sampler, rows, method, num_samples, num_particles)
+            pieces.append(latents)
+            summaries.append(summary)
+            bar.update(len(summary[0]))
     latents = {name: torch.cat([piece[name] for piece in pieces], 1) for name in pieces[0]}
     if sampler.layout.plate is None:
         latents = {name: z[:, 0] for name, z in latents.items()}
     result = tuple(torch.cat(c) for c in zip(*summaries, strict=True))
     return PosteriorDraws(latents, result, num_particles, bounded=method == "adaptive")
+
+
+def resampled(
+    sampler: ParticleSampler, rows: slice, method: str, num_samples: int, num_particles: int
+) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """S of K weighed particles of some rows, {site: (S, n, *inner plates, *event)}, and the summary of the weights."""
+    draw, summary, parts = _draws(sampler, rows, method, num_particles), LogWeightSummary(num_particles), []
+    for count in sampler.chunks(num_particles, together=num_particles)[1]:
+        log_weight, latents = draw(count)
+        summary.update(log_weight)
+        parts.append((log_weight.double(), latents))
+    index = _chosen(torch.cat([w for w, _ in parts]), num_samples)  # (S, n)
+    particles = {name: torch.cat([z[name] for _, z in parts]) for name in parts[0][1]}
+    return {name: chosen(z, index) for name, z in particles.items()}, summary.result()
 
 
 def _draws(sampler: ParticleSampler, rows: slice, method: str, num_particles: int) -> Draw:

@@ -1,0 +1,172 @@
+r"""Calibration near the data at hand: posterior simulation-based calibration for a guide of single data points.
+
+Data from the model (`simulation_based_calibration`) may be far from the data at hand. Here they are replications of it.
+For each data point x with z* ~ p(z|x) and y ~ p(y|z*), z* is a draw from the posterior given both,
+
+    p(z|x, y) ∝ p(z|y) p(x|z),
+
+as x and y are independent given z. So draws z_k ~ q(z|y), resampled with weights p(x|z_k), are exchangeable with z* if
+q(z|y) = p(z|y), and the ranks of z* among them, and of log p(y|z*), are uniform as K grows. The guide is asked at y,
+which is like x; z* must be a draw from the posterior at x, for which the guide is a starting point only.
+
+Source: Säilynoja, Schmitt, Bürkner & Vehtari (2025), *Posterior SBC: simulation-based calibration checking conditional
+on data*. There the posterior given both is that of the same inference; here the guide knows a single data point, so
+that the factor p(x|z), which is known, is put in by weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.diagnostics.calibration import Tally
+from pyro_vae.diagnostics.calibration_result import Calibration
+from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood
+from pyro_vae.diagnostics.simulations import Batch, Draws, Simulator
+from pyro_vae.evidence.posterior import draw_posterior
+from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.pairs.libraries import warn
+from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import seeded
+from pyro_vae.pairs.threads import one_thread
+from pyro_vae.particles.particles import chosen
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["posterior_calibration"]
+
+ENOUGH = 50  # effective draws
+
+
+@one_thread
+@seeded
+def posterior_calibration(
+    model: Callable,
+    guide: Callable,
+    *args: Any,
+    num_simulations: int = 500,
+    num_draws: int = 100,
+    num_particles: int = 2000,
+    plate: str | None = "data",
+    method: str = "adaptive",
+    parallel: bool | str = "auto",
+    seed: int | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> Calibration:
+    """Ranks of draws from the posterior of the data at hand among draws of the guide given replications of these data.
+
+    It says whether q(z|y) is the posterior for y like the data at hand. That of the data themselves is not compared
+    with anything: k-hat and effective sample sizes of `importance_sampling` speak of it. Discrete latents that are
+    marked for enumeration are summed out, in x and in y each by themselves.
+
+    Args:
+        model: a Pyro model, as in `simulate`.
+        guide: its guide, whose density is needed for z* ~ p(z|x) only.
+        *args: what both are called with, with the data at hand.
+        num_simulations: S, as many for each row; rows whose draws z* are not to be trusted (`draw_posterior`) are left
+            out, with a warning, and S is less then.
+        num_draws: L, draws for each simulation, resampled from K.
+        num_particles: K draws of the guide given y, and as many particles for z* ~ p(z|x).
+        plate: name of the plate of data points; None takes all data as one point, for guides that take other data sets.
+        method: of `draw_posterior`, for z*: "adaptive", "annealed" or "importance".
+        parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
+            allows it, and otherwise one at a time with a warning.
+        seed: of the draws; None draws on from torch's generator.
+        progress: show a progress bar, if on a terminal.
+        **kwargs: what both are called with.
+
+    Returns:
+        `Calibration`, of the group "posterior_sbc". Ranks are uniform for the exact posterior as K grows. A warning
+        says if many simulations have less than 50 effective draws: repeated draws look too narrow.
+
+    Raises:
+        ValueError: as `simulation_based_calibration` and `draw_posterior`; there are no rows to trust.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):  # wrong for large x, which the model seldom draws
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x.clamp(max=3.0) / 2, 0.5**0.5))
+        >>> far = torch.full((100,), 6.0)
+        >>> posterior_calibration(model, guide, far, seed=0).p_value < 0.001
+        True
+    """
+    num_simulations = check_num_particles(num_simulations, "num_simulations")
+    num_draws = check_num_particles(num_draws, "num_draws")
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+    simulator = Simulator(sampler, "posterior_calibration")
+    repeats = -(-num_simulations // sampler.num_points)
+    options: dict[str, Any] = {"plate": plate, "method": method, "parallel": not sampler.serial, "progress": progress}
+    found = draw_posterior(model, guide, *args, num_samples=repeats, num_particles=num_particles, **options, **kwargs)
+    truths = {n: z.unsqueeze(1) if plate is None else z for n, z in found.items()}
+    good = _trusted(found.doubtful)
+    size, tally, sizes, left = _rows_at_once(sampler, num_particles), Tally(num_draws), [], num_simulations
+    with torch.no_grad(), evaluation_mode(model, guide):
+        for r in range(repeats):
+            for index in good.nonzero()[:, 0].split(size) if sampler.rows.separable else [None]:
+                here = torch.arange(sampler.num_points) if index is None else index
+                star = {n: z[r : r + 1, here] for n, z in truths.items()}
+                nodes = sampler.pair.look.model.nodes
+                batch = simulator.draw(index, {n: sampler.layout.place(nodes[n], z) for n, z in star.items()})
+                draws, ess = _augmented(simulator, batch, truths.keys(), num_draws, num_particles)
+                with sampler.rows.using(*batch.arguments):
+                    log_prob = log_likelihood(sampler, batch, draws)
+                keep = good[here].nonzero()[:left, 0]
+                tally.add(batch, draws, log_prob, keep)
+                sizes.append(ess[keep])
+                left -= len(keep)
+    few = (torch.cat(sizes) < ENOUGH).double().mean().item()
+    if few > 0.05:
+        warn(
+            f"posterior_calibration: {few:.0%} of the simulations have less than {ENOUGH} effective draws of the "
+            "posterior given the data and their replication, so that ranks need not be uniform. Try more num_particles."
+        )
+    return tally.result("posterior_sbc")
+
+
+def _augmented(
+    simulator: Simulator, batch: Batch, names: Iterable[str], num_draws: int, num_particles: int
+) -> tuple[Draws, Tensor]:
+    """Draws of p(z|x, y), {site: (L, n, …)}, and the effective sample sizes of the particles, (n,)."""
+    sampler = simulator.sampler
+    with sampler.rows.using(*batch.arguments):
+        draws = guide_draws(sampler, batch, num_particles)
+    draws = {name: draws[name] for name in names}
+    with sampler.rows.using(*simulator.cut(batch.index)[1]):
+        log_weight = log_likelihood(sampler, batch, draws)[1:].double().nan_to_num(-inf)
+    weight = log_weight.softmax(0)
+    if weight.isnan().any():
+        raise ValueError(
+            f"{int(weight.isnan().any(0).sum())} data points are impossible given each draw of the guide from a "
+            "replication of them. Try more num_particles, or simulation_based_calibration first."
+        )
+    index = torch.multinomial(weight.T, num_draws, replacement=True).T
+    return {name: chosen(z, index) for name, z in draws.items()}, 1 / weight.square().sum(0)
+
+
+def _rows_at_once(sampler: ParticleSampler, num_particles: int) -> int:
+    chunk = sampler.chunks(num_particles + 1)[0][0]
+    return chunk.stop - chunk.start
+
+
+def _trusted(doubtful: Tensor) -> Tensor:
+    """Which data points have draws of the posterior to start from, (N,)."""
+    if doubtful.all():
+        raise ValueError(
+            "draws from the posterior of the data at hand are not to be trusted at any data point, so that there is "
+            "nothing to start from. Try more num_particles, or method='annealed'."
+        )
+    if doubtful.any():
+        warn(
+            f"posterior_calibration: leaves out {int(doubtful.sum())} of {len(doubtful)} data points, whose draws "
+            "from the posterior are not to be trusted."
+        )
+    return ~doubtful
