@@ -50,7 +50,7 @@ class Latent:
     def to_rows(self, u: Tensor) -> Tensor:
         """(*particles, *plates, *shape) as (*particles, N, size)."""
         batch = u.shape[: u.dim() - len(self.shape)]
-        if not self.inner and batch[-self.nesting :] == batch[self.dim :] and len(self.shape) == 1:
+        if self.dim == -1 and not self.inner and batch[-self.nesting :] == batch[self.dim :] and len(self.shape) == 1:
             return u  # the same object: a distribution knows its own draws
         u = u.reshape((1,) * (self.nesting - len(batch)) + u.shape)
         left = u.dim() - len(self.shape) - self.nesting
