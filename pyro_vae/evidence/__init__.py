@@ -9,12 +9,15 @@ from pyro_vae.evidence.importance import importance_sampling, prior_sampling
 from pyro_vae.evidence.integrated import LogLikelihood, integrated_log_likelihood
 from pyro_vae.evidence.log_weights import pareto_khat
 from pyro_vae.evidence.posterior import PosteriorDraws, draw_posterior
+from pyro_vae.evidence.refined_guide import RefinedGuide
+from pyro_vae.evidence.refinement import refine
 
 __all__ = [
     "Comparison",
     "Evidence",
     "LogLikelihood",
     "PosteriorDraws",
+    "RefinedGuide",
     "Sandwich",
     "adaptive_importance_sampling",
     "annealed_importance_sampling",
@@ -24,5 +27,6 @@ __all__ = [
     "integrated_log_likelihood",
     "pareto_khat",
     "prior_sampling",
+    "refine",
     "sandwich",
 ]

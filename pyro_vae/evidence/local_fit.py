@@ -163,7 +163,8 @@ def _step(density: Locals, q: Arrow, start: Arrow, size: float, diagonal: bool) 
         inverse = vectors / values.abs().clamp(min=FLATTEST).unsqueeze(-2) @ vectors.mT
     else:
         values = (1 - size + size * values.abs()).clamp(min=0.25).unsqueeze(-2)
-        root, inverse = vectors * values.clamp(max=16.0).rsqrt(), vectors / values @ vectors.mT
+        root = vectors * values.clamp(max=16.0).rsqrt() @ vectors.mT  # symmetric: rounding does not turn the noise
+        inverse = vectors / values @ vectors.mT
     step = _limited(size * times(inverse, mean.unsqueeze(0))[0], reach)
     turn = _limited(size * (inverse @ across).mT, reach.unsqueeze(-1)).mT
     each = usable[:, None, None]
