@@ -139,11 +139,13 @@ class Tally:
             raise ValueError(f"site {LIKELIHOOD!r}: this name is that of the rank of log p(x|z). Try another name.")
         truths = {name: batch.latents[name].to(value.dtype).expand_as(value[:1])[0] for name, value in draws.items()}
         ranks = {name: ranks_among(value, truths[name]) for name, value in draws.items()}
-        for name in ranks.keys() & batch.masks.keys():
-            ranks[name] = ranks[name].masked_fill(~batch.masks[name][0], -1)
-        ranks[LIKELIHOOD] = ranks_among(log_prob[1:], log_prob[0])
         means = {name: value.double().mean(0) for name, value in draws.items()}
-        sds = {name: value.double().std(0) for name, value in draws.items()}
+        sds = {name: value.double().std(0, correction=int(len(value) > 1)) for name, value in draws.items()}
+        for name in ranks.keys() & batch.masks.keys():
+            missing = ~batch.masks[name][0]
+            ranks[name] = ranks[name].masked_fill(missing, -1)
+            means[name], sds[name] = (moments[name].masked_fill(missing, torch.nan) for moments in (means, sds))
+        ranks[LIKELIHOOD] = ranks_among(log_prob[1:], log_prob[0])
         parts = (ranks, truths, means, sds)
         self._parts.append(tuple({name: v[keep] for name, v in part.items()} for part in parts))  # type: ignore[arg-type]
 

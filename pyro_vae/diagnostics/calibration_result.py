@@ -30,7 +30,7 @@ class Calibration:
         ranks: {site: (S, *inner plates, *event)}, whole numbers from 0 to L, and "log_likelihood": (S,), the ranks of
             log p(x|z*); −1 where a latent is masked. A whole data set (plate=None) has all plates among the inner ones.
         truths: z*, {site: (S, *inner plates, *event)}.
-        means: of the draws, of the same shape.
+        means: of the draws, of the same shape; NaN where a latent is masked.
         sds: their standard deviations, of the same shape.
         num_draws: L.
         group: what they are called in ArviZ: "prior_sbc", or "posterior_sbc".
@@ -101,7 +101,11 @@ class Calibration:
         Var_p is the variance of z* over all simulations, whatever other arguments and latents the prior depends on.
         Source: as of `z_scores`.
         """
-        return {name: 1 - sd.square() / self.truths[name].double().var(0) for name, sd in self.sds.items()}
+        found = {}
+        for name, sd in self.sds.items():
+            truth = self.truths[name].double().where(~sd.isnan(), torch.nan)
+            found[name] = 1 - sd.square() / (truth - truth.nanmean(0)).square().nanmean(0)
+        return found
 
     # -- to look at ---------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,8 @@ def expected_coverage(
 ) -> Coverage:
     """Coverage of z* ~ p(z) by credible regions of q(z|x), x ~ p(x|z*), as `simulation_based_calibration` has them.
 
-    Densities are those of the sites' own values, and regions are of these. Distances of TARP are Euclidean, of all
+    Densities are those of the sites' own values, and regions are of these; with a guide over auxiliary variables, they
+    are those of unconstrained coordinates. Distances of TARP are Euclidean, of all
     elements of all latents, each divided by its standard deviation over draws of the prior; reference points are draws
     of the prior at the same row.
 
@@ -127,7 +128,8 @@ def expected_coverage(
 
     Raises:
         ValueError: as `simulation_based_calibration`; "highest_density" with a guide whose density at a point is not
-            known, as it has auxiliary variables, points or a flow without an inverse.
+            known, as it has auxiliary variables that do not follow from the latents, points or a flow without an
+            inverse.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -138,7 +140,7 @@ def expected_coverage(
         >>> def guide(x):  # half as wide as the posterior
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5 / 2))
-        >>> found = expected_coverage(model, guide, torch.zeros(100), num_draws=99, seed=0)
+        >>> found = expected_coverage(model, guide, torch.zeros(100), num_simulations=2000, num_draws=99, seed=0)
         >>> [round(found.coverage["highest_density"][i].item(), 1) for i in (49, 89)]  # in regions of 50 % and 90 %
         [0.3, 0.6]
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_vae.diagnostics.simulated_draws import in_parts, ranks_among, with_truth
 from pyro_vae.diagnostics.simulations import Batch, Draws
+from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.pairs.handlers import unobserved
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.validity import check_density
@@ -31,22 +32,31 @@ class HighestDensity:
         self.sampler = sampler
         check_density(sampler.pair)
         drawn = {n for n, s in sample_sites(sampler.pair.look.guide).items() if not s["is_observed"]}
-        if drawn - sampler.pair.latents:
-            raise ValueError(
-                f"the guide draws {sorted(drawn - sampler.pair.latents)}, which are no latents of the model, so that "
-                "its density at a point is not known. Try kinds=('tarp',), which needs none."
-            )
+        self._auxiliary = drawn - sampler.pair.latents
 
     def __call__(self, batch: Batch, draws: Draws) -> Tensor:
         """(n,), of draws {site: (L, n, *inner plates, *event)}."""
         try:
-            log_q = in_parts(self.sampler, batch, draws, lambda values, count: self._log_q(batch, values, count))
+            if self._auxiliary:
+                log_q = self._log_q_unconstrained(batch, draws)
+            else:
+                log_q = in_parts(self.sampler, batch, draws, lambda values, count: self._log_q(batch, values, count))
         except (NotImplementedError, KeyError) as error:  # as flows without an inverse say it
             raise ValueError(
                 "the guide has a transform without an inverse, so that its density at a point is not known. Try "
                 "kinds=('tarp',), which needs none."
             ) from error
         return ranks_among(-log_q[1:], -log_q[0])
+
+    def _log_q_unconstrained(self, batch: Batch, draws: Draws) -> Tensor:
+        density = LatentDensity(self.sampler, batch.rows)
+        if not density.knows_guide:
+            raise ValueError(
+                f"the guide draws {sorted(self._auxiliary)}, which are no latents of the model and not their "
+                "unconstrained values, so that its density at a point is not known. Try kinds=('tarp',), which needs "
+                "none."
+            )
+        return density.log_all(density.unconstrain(with_truth(batch, draws)))[2]
 
     def _log_q(self, batch: Batch, values: Draws, count: int) -> Tensor:
         sampler = self.sampler

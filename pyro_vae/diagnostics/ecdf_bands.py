@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["ecdf_bands", "uniform_p_values"]
 
 NEGLIGIBLE = 1e-14  # level of bands beyond which the recursion does not look
-MOST_LEVELS = 400  # of which p-values are computed; between them they are interpolated
+MOST_LEVELS = 400  # of which p-values are computed; others get that of the next larger level, which is larger
 AT_ONCE = 200
 
 
@@ -76,7 +76,7 @@ def uniform_p_values(ranks: Tensor, num_draws: int) -> Tensor:
         num_draws: L.
 
     Returns:
-        (…), double; NaN where there are no ranks.
+        (…), double; NaN where there are no ranks. Of more than 400 different ones all but the smallest are rounded up.
     """
     columns = ranks.reshape(len(ranks), -1).cpu()
     result = torch.full(columns.shape[1:], torch.nan, dtype=torch.double)
@@ -99,16 +99,7 @@ def _p_values(ranks: Tensor, size: int, num_draws: int) -> Tensor:
         half = MOST_LEVELS // 2
         known = torch.cat([known[:half], torch.linspace(half, len(level) - 1, half).long()]).unique()
     found = torch.cat([_exit_probability(tails, part) for part in level[known].split(AT_ONCE)])
-    if len(known) < len(level):
-        found = torch.as_tensor(_interpolate(level.log(), level[known].log(), found.log())).exp()
-    return found[index]
-
-
-def _interpolate(x: Tensor, known: Tensor, value: Tensor) -> Tensor:
-    right = torch.searchsorted(known, x).clamp(1, len(known) - 1)
-    left = right - 1
-    share = (x - known[left]) / (known[right] - known[left])
-    return value[left] + share * (value[right] - value[left])
+    return found[torch.searchsorted(level[known], level)][index]
 
 
 @lru_cache(maxsize=8)

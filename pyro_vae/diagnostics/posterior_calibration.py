@@ -94,8 +94,8 @@ def posterior_calibration(
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> def guide(x):  # wrong for large x, which the model seldom draws
         ...     with pyro.plate("data", len(x)):
-        ...         pyro.sample("z", dist.Normal(x.clamp(max=3.0) / 2, 0.5**0.5))
-        >>> far = torch.full((100,), 6.0)
+        ...         pyro.sample("z", dist.Normal(x.clamp(max=2.0) / 2, 0.5**0.5))
+        >>> far = torch.full((100,), 4.0)
         >>> posterior_calibration(model, guide, far, seed=0).p_value < 0.001
         True
     """

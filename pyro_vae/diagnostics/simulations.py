@@ -113,10 +113,9 @@ class Simulator:
         """The arguments that each site observes; refuses a pair whose data cannot be simulated."""
         sampler, (rows, arguments) = self.sampler, self.cut(index)
         with sampler.rows.using(*arguments):
-            observed = {
-                n: s for n, s in sample_sites(sampler.traces(1, rows, check=False)[1]).items() if s["is_observed"]
-            }
+            sites = sample_sites(sampler.traces(1, rows, check=False)[1])
             drawn = sample_sites(sampler.run(poutine.uncondition(sampler.model), 1, rows))
+        observed = {name: site for name, site in sites.items() if site["is_observed"]}
         keys = observed_arguments(observed, drawn, *arguments)
         values = {name: site["value"] for name, site in drawn.items() if name not in observed}
         with sampler.rows.using(*with_simulated(*arguments, keys, drawn)):
