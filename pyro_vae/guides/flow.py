@@ -1,7 +1,8 @@
 r"""A flow for one site, given a context: u = c + s ∘ [μ(h) + σ(h) ∘ A(S(ε; h); h)], ε ~ N(0, I).
 
-S is a monotone rational spline of each coordinate (Durkan, Bekasov, Murray & Papamakarios 2019, *Neural Spline Flows*),
-A an affine autoregressive map of several (Papamakarios, Pavlakou & Murray 2017); both start near the identity.
+S is a monotone rational-quadratic spline of each coordinate (Durkan, Bekasov, Murray & Papamakarios 2019, *Neural Spline
+Flows*; Zuko's), A an affine autoregressive map of several (Papamakarios, Pavlakou & Murray 2017; Pyro's). Both start at
+the identity.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.conditional import ConditionalTransformModule
-from pyro.distributions.transforms import conditional_affine_autoregressive, conditional_spline
+from pyro.distributions.transforms import conditional_affine_autoregressive
 from torch import Tensor, nn
-from torch.distributions import AffineTransform, constraints
+from torch.distributions import AffineTransform, IndependentTransform, constraints
 
 from pyro_vae.distributions.conditional import positive
 from pyro_vae.distributions.flows import ConditionalFlow
@@ -21,7 +22,6 @@ from pyro_vae.distributions.flows import ConditionalFlow
 __all__ = ["SiteFlow"]
 
 BINS, BOUND = 8, 5.0
-NEUTRAL = 0.5413  # softplus of it is one: the slope of a spline that is the identity
 
 
 class SiteFlow(nn.Module):
@@ -37,16 +37,12 @@ class SiteFlow(nn.Module):
     def __init__(self, width: int, centre: Tensor, spread: Tensor, *, first_raw_scale: float, hidden: int = 32) -> None:
         super().__init__()
         size = len(centre)
-        spline = conditional_spline(size, width, hidden_dims=[hidden], count_bins=BINS, bound=BOUND)
-        transforms = [spline]
+        transforms: list[Any] = [_Spline(size, width, hidden)]
         if size > 1:
             transforms.append(conditional_affine_autoregressive(size, width, hidden_dims=[max(hidden, 2 * size)]))
-        with torch.no_grad():
-            for transform in transforms:
-                transform.nn.layers[-1].weight.mul_(0.1)
-                transform.nn.layers[-1].bias.zero_()
-            slopes = slice(2 * size * BINS, 2 * size * BINS + size * (BINS - 1))
-            spline.nn.layers[-1].bias[slopes] = NEUTRAL
+            with torch.no_grad():
+                transforms[-1].nn.layers[-1].weight.mul_(0.1)
+                transforms[-1].nn.layers[-1].bias.zero_()
         transforms.append(_Affine(width, centre, spread, first_raw_scale))
         self.flow = ConditionalFlow(_Standard(size), transforms, network=nn.Identity())
 
@@ -65,12 +61,37 @@ class _Standard(nn.Module):
         return dist.Normal(self.zeros, 1.0).to_event(1)
 
 
-class _Affine(ConditionalTransformModule):
-    """u = c + s ∘ [μ(h) + σ(h) ∘ y]."""
+class _Map(ConditionalTransformModule):
+    """A map of vectors with a context."""
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
+
+
+class _Spline(_Map):
+    """A monotone spline of each coordinate, the identity beyond ±5."""
+
+    def __init__(self, size: int, width: int, hidden: int) -> None:
+        super().__init__()
+        try:
+            from zuko.transforms import MonotonicRQSTransform
+        except ImportError as error:
+            raise ImportError("AmortizedFlow needs Zuko's splines. Try pip install 'pyro-vae[flows]'.") from error
+        self._spline, self._shape = MonotonicRQSTransform, (size, 3 * BINS - 1)
+        last = nn.Linear(hidden, size * (3 * BINS - 1))
+        self.head = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), last)
+        with torch.no_grad():
+            last.weight.mul_(0.1)
+            last.bias.zero_()
+
+    def condition(self, context: Tensor) -> Any:
+        raw = self.head(context).unflatten(-1, self._shape)
+        return IndependentTransform(self._spline(*raw.split([BINS, BINS, BINS - 1], -1), bound=BOUND), 1)
+
+
+class _Affine(_Map):
+    """u = c + s ∘ [μ(h) + σ(h) ∘ y]."""
 
     def __init__(self, width: int, centre: Tensor, spread: Tensor, first_raw_scale: float) -> None:
         super().__init__()

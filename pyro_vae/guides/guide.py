@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.guides.chain import Chain
 from pyro_vae.guides.latents import Latents
 from pyro_vae.guides.prototype import find_latents
@@ -97,13 +98,17 @@ class RowGuide(nn.Module):
         with Capture(latents.outside) as capture:
             if self.outside is not None:
                 self.outside(*args, **kwargs)
-        values = self._complete(capture.values)
+        self._check_outside(capture.values)
         walk = Walk(
-            *(latents, self.plate, values, self.given),
+            *(latents, self.plate, capture.values, self.given),
             lambda size, indices, given: self.make_chain(size, indices, given, args, kwargs),
             self.name,
         )
-        return capture.values | walk.run(self.model, args, kwargs)
+        values = walk.run(self.model, args, kwargs)
+        return {name: capture.values[name] for name in latents.outside if name in capture.values} | values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return picklable_state(self, super())
 
     def register(self) -> None:
         """Declares what trains to Pyro."""
@@ -158,7 +163,7 @@ class RowGuide(nn.Module):
             self.outside(*args, **kwargs)
         return capture.values
 
-    def _complete(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _check_outside(self, values: dict[str, Tensor]) -> None:
         latents = self.latents
         missing = [name for name in latents.outside if name not in values]
         if missing and self.outside is not None:
@@ -167,7 +172,6 @@ class RowGuide(nn.Module):
                 f"outside of plate {self.plate!r}: {list(latents.outside)}. Try outside=AutoNormal, or None for a "
                 "guide elsewhere."
             )
-        return values
 
 
 class Exposed:

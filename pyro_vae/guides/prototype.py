@@ -146,9 +146,10 @@ def _inside(sites: Mapping[str, dict], found: Look, plate: str, guide: str) -> l
         declared = {frame.dim for frame in site["cond_indep_stack"]}
         inner = tuple(d for d in range(-nesting, 0) if d != dim and (d in declared or batch[d] > 1))
         try:
-            shape = tuple(bijection(name, fn).inverse_shape(fn.event_shape))
+            u = bijection(name, fn).inv(site["value"])
         except ValueError as error:
             raise ValueError(f"{guide}: {error}") from error
+        shape = tuple(u.shape[site["value"].dim() - len(fn.event_shape) :])
         latents.append(Latent(name, start, shape, dim, inner, tuple(batch[d] for d in inner), nesting))
         start = latents[-1].stop
     return latents

@@ -40,7 +40,7 @@ def site_distribution(latent: Latent, prior: Any, factor: Any) -> Any:
         prior, mask = prior.base_dist, prior._mask
     transform = bijection(latent.name, prior).with_cache()  # a draw's own coordinates are not computed back
     batch = _batch_shape(latent, prior, factor)
-    result = _known(latent, factor, transform, prior.event_shape)
+    result = _known(latent, factor, transform, prior)
     if result is None:
         result = OfRows(latent, factor, transform, batch, prior.event_shape, support_of(prior))
     if result.batch_shape != batch:
@@ -67,9 +67,9 @@ def _batch_shape(latent: Latent, prior: Any, factor: Any) -> Size:
     return torch.broadcast_shapes(own, (*particles, *(1,) * latent.nesting))
 
 
-def _known(latent: Latent, factor: Any, transform: Transform, event_shape: Size) -> Any:
+def _known(latent: Latent, factor: Any, transform: Transform, prior: Any) -> Any:
     """The distribution by a name of Pyro's, where it has one."""
-    dims = len(event_shape)
+    event_shape, dims = prior.event_shape, len(prior.event_shape)
     plain, elementwise = _base(transform)
     if isinstance(factor, Independent) or (latent.size == 1 and isinstance(factor, MultivariateNormal)):
         scale = factor.base_dist.scale if isinstance(factor, Independent) else factor.scale_tril[..., 0]
@@ -78,8 +78,8 @@ def _known(latent: Latent, factor: Any, transform: Transform, event_shape: Size)
             base = dist.LogNormal if isinstance(plain, ExpTransform) else dist.Normal
             result = base(loc, scale).to_event(dims)
             done = plain is None or isinstance(plain, ExpTransform)
-            return result if done else dist.TransformedDistribution(result, [transform])
-        return dist.TransformedDistribution(dist.Normal(loc, scale).to_event(len(latent.shape)), [transform])
+            return result if done else _Mapped(result, [transform], support_of(prior))
+        return _Mapped(dist.Normal(loc, scale).to_event(len(latent.shape)), [transform], support_of(prior))
     if isinstance(factor, MultivariateNormal) and plain is None and elementwise and not latent.inner:
         loc = latent.from_rows(factor.loc, (latent.size,))
         return MultivariateNormal(
@@ -100,6 +100,22 @@ def _base(transform: Transform) -> tuple[Transform | None, bool]:
     if isinstance(transform, ComposeTransform) and not transform.parts:
         return None, True
     return transform, transform.domain.event_dim == 0
+
+
+class _Mapped(dist.TransformedDistribution):
+    """A transformed distribution that has a support of its own: that of an affine map of (0, 1) is the real line to
+    torch."""
+
+    def __init__(self, base: Any, transforms: list[Transform], support: Any) -> None:
+        self._support = support
+        super().__init__(base, transforms, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self._support
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> _Mapped:
+        return _Mapped(self.base_dist.expand(Size(batch_shape)), self.transforms, self._support)
 
 
 class OfRows(dist.TorchDistribution):

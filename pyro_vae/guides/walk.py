@@ -26,7 +26,7 @@ __all__ = ["Capture", "Walk"]
 
 
 class Capture(Messenger):
-    """Keeps the values of sites, {site: value}."""
+    """Keeps the values of some sites, and the indices that plates drew, {site: value}."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Capture(Messenger):
         self.values: dict[str, Tensor] = {}
 
     def _pyro_post_sample(self, msg: dict) -> None:
-        if msg["name"] in self.names:
+        if msg["name"] in self.names or site_is_subsample(msg):
             self.values[msg["name"]] = msg["value"]
 
 
@@ -44,7 +44,7 @@ class Walk(Messenger):
     Args:
         latents: of the model.
         plate: name of the plate of data points.
-        outside: values of latents outside of the plate.
+        outside: values of latents outside of the plate, and of plates that their guide recorded.
         given: those of them that the chain is conditioned on.
         make_chain: (rows of the plate, their indices or None, coordinates of `given` or None) -> the factors of q.
         guide: name of the guide, for messages.
@@ -67,6 +67,7 @@ class Walk(Messenger):
         self.make_chain, self.guide = make_chain, guide
         self.values: dict[str, Tensor] = {}
         self._inside = {latent.name: latent for latent in latents.inside}
+        self._replaced: set[str] = set()
         self._coordinates: dict[str, Tensor] = {}
         self._indices: Tensor | None = None
         self._chain: Chain | None = None
@@ -89,13 +90,20 @@ class Walk(Messenger):
         return self.values
 
     def _hides(self, site: dict) -> bool:
-        return site["name"] not in self._inside and not site_is_subsample(site)
+        name = site["name"]
+        if site_is_subsample(site):  # recorded once, and only where rows were drawn
+            return name in self.outside or site["fn"].subsample_size in (None, site["fn"].size)
+        return name not in self._inside
 
     def _pyro_sample(self, msg: dict) -> None:
         name, fn = msg["name"], msg["fn"]
-        if msg["is_observed"] or site_is_subsample(msg):
+        if site_is_subsample(msg):
+            if name in self.outside:
+                msg["value"] = self.outside[name]
+        elif msg["is_observed"]:
             return
-        if name in self._inside:
+        elif name in self._inside:
+            self._replaced.add(name)
             msg["fn"] = self._factor(name, fn)
         elif name in self.outside:
             msg["value"] = self.outside[name]
@@ -117,7 +125,7 @@ class Walk(Messenger):
         if site_is_subsample(msg) and msg["name"] == self.plate:
             self._indices = msg["value"]
         latent = self._inside.get(msg["name"])
-        if latent is None or msg["is_observed"]:
+        if latent is None or latent.name not in self._replaced:
             return
         self.values[latent.name] = msg["value"]
         assert self._chain is not None
