@@ -15,6 +15,9 @@ from truths.one_latent import exact_pair
 
 from pyro_vae.diagnostics import posterior_calibration, simulation_based_calibration
 from pyro_vae.diagnostics.ecdf_bands import uniform_p_values
+from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood
+from pyro_vae.diagnostics.simulations import Simulator
+from pyro_vae.particles.sampler import ParticleSampler
 
 TRUTH = LinearGaussian(2, 3)
 ROWS = torch.zeros(100, 3)
@@ -252,6 +255,20 @@ def test_a_likelihood_that_knows_nothing_of_the_latent_has_ties():
             pyro.sample("z", dist.Normal(0 * x, 1.0))
 
     assert simulation_based_calibration(model, guide, torch.zeros(50)).p_value > 0.01
+
+
+def test_the_likelihood_of_a_mixture_has_its_component_summed_out():
+    model, guide, args, _, _ = mixture(False)
+    sampler = ParticleSampler(model, guide, args)
+    with torch.no_grad():
+        batch = Simulator(sampler, "a test").draw(torch.arange(30))
+        with sampler.rows.using(*batch.arguments):
+            draws = guide_draws(sampler, batch, 4)
+            found = log_likelihood(sampler, batch, draws)
+    z, x = torch.cat([batch.latents["z"], draws["z"]]), batch.arguments[0][0]
+    shares = dist.Categorical(torch.tensor([0.7, 0.3]))
+    exact = dist.MixtureSameFamily(shares, dist.Normal(torch.stack([z, z + 2], -1), 1.0)).log_prob(x)
+    torch.testing.assert_close(found, exact)
 
 
 # -- near the data at hand --------------------------------------------------------------------------------------------

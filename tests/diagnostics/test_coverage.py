@@ -109,5 +109,5 @@ def test_arviz():
     if not arviz.__version__.startswith("0."):
         from matplotlib import pyplot
 
-        arviz.plot_ecdf_pit(tree, group="prior_sbc", method="envelope", backend="matplotlib")
+        arviz.plot_ecdf_pit(tree, group="prior_sbc", method="pot_c", backend="matplotlib")
         pyplot.close("all")

@@ -1,5 +1,6 @@
 """The truncated Normal against 40 digits: in its tails, on narrow and wide intervals, in float32 and float64."""
 
+import functools
 import math
 
 import mpmath as mp
@@ -47,6 +48,7 @@ def made(case, dtype):
     return TruncatedNormal(loc, scale, *ends), [v if isinstance(v, float) else v.item() for v in (loc, scale, *ends)]
 
 
+@functools.cache
 def above(z):
     """1 − Φ(z)."""
     return mp.erfc(z / mp.sqrt(2)) / 2
@@ -58,6 +60,7 @@ def ends_of(loc, scale, low, high):
     return a, b
 
 
+@functools.cache
 def log_mass(a, b):
     if a == -mp.inf and b == mp.inf:
         return mp.mpf(0)
@@ -66,6 +69,7 @@ def log_mass(a, b):
     return mp.log(above(a) - (0 if b == mp.inf else above(b)))
 
 
+@functools.cache  # quadratures of several functions have the same nodes
 def log_p(x, loc, scale, low, high):
     loc, scale = mp.mpf(loc), mp.mpf(scale)
     z = (mp.mpf(x) - loc) / scale

@@ -43,7 +43,7 @@ def test_guides_that_draw_in_other_ways(make):
     """With auxiliary sites, with plates or without, in the model's own order: weights mean the evidence."""
     x = torch.tensor([-1.0, 0.5, 2.0])
     alone = issubclass(make, AutoMessenger)  # one particle at a time, and so more steps
-    guide = trained(effects, make, x, steps=3000 if alone else 800, together=not alone)
+    guide = trained(effects, make, x, steps=1500 if alone else 400, together=not alone)
     tree = from_pyro_svi(effects, guide, x, seed=0)
     assert dims(tree, "posterior") == {"mean": "chain draw", "z": "chain draw data"}
     assert dims(tree, "observed_data") == {"x": "data"}
@@ -66,7 +66,7 @@ def test_integrated_leave_one_out_of_random_effects():
     """It is that of exact refits within its error; the conditional one is far off."""
     pyro.set_rng_seed(0)
     x = torch.randn(60) * 1.09**0.5 + 0.5
-    mcmc = sampled(effects, x)
+    mcmc = sampled(effects, x, num_samples=300, warmup_steps=200)
     tree = from_pyro(mcmc)
     assert elpd(tree)[0] == pytest.approx(exact_left_out(x), abs=0.3)
     assert elpd(tree)[1] == pytest.approx(1.0, abs=0.5)
@@ -97,7 +97,10 @@ def test_latents_that_are_summed_and_integrated():
             pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
 
     x = torch.tensor([-3.0, 0.0, 1.0, 3.0])
-    for tree in (from_pyro_svi(model, guide, x, num_samples=300), from_pyro(sampled(model, x, num_samples=300))):
+    for tree in (
+        from_pyro_svi(model, guide, x, num_samples=300),
+        from_pyro(sampled(model, x, num_samples=300, warmup_steps=100)),
+    ):
         mean = flat(tree, "posterior", "mean")[:, None, None]
         terms = shares.log() + dist.Normal(mean + offsets, 1.25**0.5).log_prob(x[:, None])
         difference = (flat(tree, "log_likelihood", "x") - terms.logsumexp(-1)).square().mean(0).sqrt().numpy()

@@ -86,7 +86,7 @@ def exact_draws(count):
 
 
 def test_eight_schools_by_nuts():
-    tree = from_pyro(sampled(schools, SIGMA, Y))
+    tree = from_pyro(sampled(schools, SIGMA, Y, num_samples=300, warmup_steps=200))
     _, tau, mu = quadrature()
     assert (round(mu, 1), round(tau, 1)) == (4.4, 3.6)
     for name, exact in (("mu", mu), ("tau", tau)):
@@ -99,11 +99,14 @@ def test_eight_schools_by_nuts():
 def test_leave_one_out_of_eight_schools():
     """It is that of exact refits, at exact draws, and compares the hierarchical model with the pooled one."""
     pyro.set_rng_seed(0)
-    runs = {name: sampled(m, SIGMA, Y, num_samples=2) for name, m in (("schools", schools), ("pooled", pooled))}
+    runs = {
+        name: sampled(m, SIGMA, Y, num_samples=2, warmup_steps=2)
+        for name, m in (("schools", schools), ("pooled", pooled))
+    }
     mean, variance = (t.item() for t in log_marginal(torch.zeros(1).double(), slice(None))[1:])
-    draws = exact_draws(4000)
+    draws = exact_draws(1500)
     runs["schools"]._samples = {name: value.float()[None] for name, value in draws.items()}
-    runs["pooled"]._samples = {"mu": (mean + variance**0.5 * torch.randn(1, 4000))}
+    runs["pooled"]._samples = {"mu": (mean + variance**0.5 * torch.randn(1, 1500))}
     for mcmc in runs.values():
         mcmc._diagnostics = [{"divergences": []}]
     trees = {name: from_pyro(mcmc) for name, mcmc in runs.items()}
@@ -122,7 +125,7 @@ def test_leave_one_out_of_eight_schools():
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
 def test_eight_schools_by_svi(make):
     """The guide draws each latent by itself, or all of them together."""
-    tree = from_pyro_svi(schools, trained(schools, make, SIGMA, Y), SIGMA, Y, seed=0)
+    tree = from_pyro_svi(schools, trained(schools, make, SIGMA, Y, steps=800), SIGMA, Y, seed=0)
     assert groups(tree) == GROUPS | {"constant_data"}
     assert dims(tree, "posterior") == {
         "mu": "chain draw", "raw": "chain draw school", "tau": "chain draw", "theta": "chain draw school",

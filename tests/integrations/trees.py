@@ -60,8 +60,8 @@ def trained(model, make, *args, steps=1500, together=True):
     return guide
 
 
-def sampled(model, *args, num_samples=500):
+def sampled(model, *args, num_samples=500, warmup_steps=300):
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=300, disable_progbar=True)
+    mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=warmup_steps, disable_progbar=True)
     mcmc.run(*args)
     return mcmc

@@ -159,7 +159,7 @@ def test_nuts_over_a_decoder_in_several_chains(monkeypatch):
 
     model = HalfObserved(vae.frozen(), places)
     kernel = NUTS(model)
-    mcmc = MCMC(kernel, num_samples=1000, warmup_steps=300, num_chains=2, mp_context="spawn", disable_progbar=True)
+    mcmc = MCMC(kernel, num_samples=300, warmup_steps=150, num_chains=2, mp_context="spawn", disable_progbar=True)
     mcmc.run(y)
     diagnostics = mcmc.diagnostics()["z"]
     assert (diagnostics["r_hat"] < 1.02).all()

@@ -16,7 +16,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import nn
 from truths import small_vae
 
-from pyro_vae import VAE, fit, importance_sampling
+from pyro_vae import VAE, CompiledELBO, fit, importance_sampling
 from pyro_vae.distributions import (
     Broadcasting,
     Conditional,
@@ -73,7 +73,7 @@ class Regression:
 
         guide = AutoNormal(poutine.block(conditioned, hide=["z", "x", "data"]), init_scale=0.1)
         optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.03 ** (1 / steps), "betas": (0.9, 0.99)})
-        svi = SVI(conditioned, guide, optim, TraceMeanField_ELBO(num_particles=4))
+        svi = SVI(conditioned, guide, optim, CompiledELBO(TraceMeanField_ELBO(num_particles=4), backend="eager"))
         averaged, kept = 0, steps // 2
         for step in range(steps):
             if not step * batch_size % self.rows:
