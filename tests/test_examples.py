@@ -45,6 +45,7 @@ SCRIPTS = [
     "decoder_in_nuts",
     "denoising",
     "flow_posterior",
+    "forward_kl",
     "gaussian_decoder",
     "generate",
     "hierarchical",
