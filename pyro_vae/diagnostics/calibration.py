@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.diagnostics.calibration_result import LIKELIHOOD, Calibration
-from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood, ranks_among
+from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood, ranks_among, weighted_ranks
 from pyro_vae.diagnostics.simulations import Batch, Draws, Simulator
 from pyro_vae.evidence.posterior import resampled
 from pyro_vae.pairs.checks import check_num_particles
@@ -133,19 +133,35 @@ class Tally:
         self.num_draws = num_draws
         self._parts: list[tuple[Draws, Draws, Draws, Draws]] = []
 
-    def add(self, batch: Batch, draws: Draws, log_prob: Tensor, keep: slice | Tensor) -> None:
-        """Some simulations of a batch, with draws (L, n, …) and log p(x|z) of z* and the draws, (1 + L, n)."""
+    def add(
+        self, batch: Batch, draws: Draws, log_prob: Tensor, keep: slice | Tensor, weight: Tensor | None = None
+    ) -> None:
+        """Some simulations of a batch.
+
+        Args:
+            batch: of the simulations.
+            draws: {site: (L, n, …)}.
+            log_prob: log p(x|z) of z* and of the draws, (1 + L, n).
+            keep: which of the n.
+            weight: of z* and of the draws, if these are to be weighed, as `weighted_ranks` has them.
+        """
         if LIKELIHOOD in draws:
             raise ValueError(f"site {LIKELIHOOD!r}: this name is that of the rank of log p(x|z). Try another name.")
         truths = {name: batch.latents[name].to(value.dtype).expand_as(value[:1])[0] for name, value in draws.items()}
-        ranks = {name: ranks_among(value, truths[name]) for name, value in draws.items()}
-        means = {name: value.double().mean(0) for name, value in draws.items()}
-        sds = {name: value.double().std(0, correction=int(len(value) > 1)) for name, value in draws.items()}
-        for name in ranks.keys() & batch.masks.keys():
+        pairs = {
+            **{name: (value, truths[name]) for name, value in draws.items()},
+            LIKELIHOOD: (log_prob[1:], log_prob[0]),
+        }
+        if weight is None:
+            ranks = {name: ranks_among(*pair) for name, pair in pairs.items()}
+        else:
+            ranks = {name: weighted_ranks(*pair, weight, self.num_draws) for name, pair in pairs.items()}
+        moments = {name: _moments(value, weight) for name, value in draws.items()}
+        means, sds = ({name: found[i] for name, found in moments.items()} for i in range(2))
+        for name in draws.keys() & batch.masks.keys():
             missing = ~batch.masks[name][0]
             ranks[name] = ranks[name].masked_fill(missing, -1)
-            means[name], sds[name] = (moments[name].masked_fill(missing, torch.nan) for moments in (means, sds))
-        ranks[LIKELIHOOD] = ranks_among(log_prob[1:], log_prob[0])
+            means[name], sds[name] = (found.masked_fill(missing, torch.nan) for found in (means[name], sds[name]))
         parts = (ranks, truths, means, sds)
         self._parts.append(tuple({name: v[keep] for name, v in part.items()} for part in parts))  # type: ignore[arg-type]
 
@@ -154,3 +170,13 @@ class Tally:
         columns = zip(*self._parts, strict=True)
         ranks, truths, means, sds = ({n: torch.cat([part[n] for part in c]) for n in c[0]} for c in columns)
         return Calibration(ranks, truths, means, sds, self.num_draws, group)
+
+
+def _moments(draws: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of (L, n, …), each (n, …); the weight of z*, which comes first, is not theirs."""
+    if weight is None:
+        return draws.double().mean(0), draws.double().std(0, correction=int(len(draws) > 1))
+    share = weight[1:] / weight[1:].sum(0)
+    share = share.reshape(*share.shape, *(1,) * (draws.dim() - 2))
+    mean = (share * draws).sum(0)
+    return mean, (share * (draws - mean).square()).sum(0).sqrt()

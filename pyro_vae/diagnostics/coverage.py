@@ -140,9 +140,9 @@ def expected_coverage(
         >>> def guide(x):  # half as wide as the posterior
         ...     with pyro.plate("data", len(x)):
         ...         pyro.sample("z", dist.Normal(x / 2, 0.5**0.5 / 2))
-        >>> found = expected_coverage(model, guide, torch.zeros(100), num_simulations=2000, num_draws=99, seed=0)
-        >>> [round(found.coverage["highest_density"][i].item(), 1) for i in (49, 89)]  # in regions of 50 % and 90 %
-        [0.3, 0.6]
+        >>> found = expected_coverage(model, guide, torch.zeros(100), num_draws=99, seed=0)
+        >>> round(found.coverage["highest_density"][89].item(), 1)  # by regions of 90 %
+        0.6
     """
     num_simulations = check_num_particles(num_simulations, "num_simulations")
     num_draws = check_num_particles(num_draws, "num_draws")

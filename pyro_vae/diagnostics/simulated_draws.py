@@ -11,7 +11,7 @@ from pyro_vae.diagnostics.simulations import Batch, Draws
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["guide_draws", "in_parts", "log_likelihood", "ranks_among", "with_truth"]
+__all__ = ["guide_draws", "in_parts", "log_likelihood", "ranks_among", "weighted_ranks", "with_truth"]
 
 
 def guide_draws(sampler: ParticleSampler, batch: Batch, num_draws: int) -> Draws:
@@ -62,3 +62,20 @@ def ranks_among(draws: Tensor, truth: Tensor) -> Tensor:
     """How many of L draws (L, …) are below the truth (…), ties broken at random."""
     below, ties = (draws < truth).sum(0), (draws == truth).sum(0)
     return below + (torch.rand(ties.shape, device=ties.device) * (ties + 1)).long().clamp(max=ties)
+
+
+def weighted_ranks(draws: Tensor, truth: Tensor, weight: Tensor, num_draws: int) -> Tensor:
+    """The share of the weight of K draws (K, n, …) and of the truth (n, …) below the truth, as one of 0..L.
+
+    Args:
+        draws: z_k ~ q.
+        truth: z* ~ π.
+        weight: ∝ π/q of z* and of the draws, (1 + K, n), with sum one. Which of the 1 + K points is that from π has
+            these probabilities, given the points: with its own weight split at random, the share is exactly uniform.
+        num_draws: L.
+    """
+    own, others = weight[0], weight[1:]
+    own, others = (w.reshape(*w.shape, *(1,) * (draws.dim() - 2)) for w in (own, others))
+    below, ties = ((others * found).sum(0) for found in (draws < truth, draws == truth))
+    share = below + torch.rand(below.shape, dtype=below.dtype, device=below.device) * (ties + own)
+    return (share * (num_draws + 1)).long().clamp(max=num_draws)

@@ -60,6 +60,7 @@ class Simulator:
         self.sampler = sampler
         self._keys: dict[str, list[int | str]] | None = None
         sampler.layout.check_vectorized(what)
+        _ = sampler.cells  # measured on the pair's own arguments, before others stand in
 
     def batches(self, num_simulations: int, together: int, progress: bool) -> Iterator[tuple[Batch, int]]:
         """Batches, and how many simulations of each to use, so that they sum to `num_simulations`.

@@ -78,7 +78,7 @@ def test_the_prior_is_found_by_the_likelihood_only():
     assert found.p_values["z"].min() > 0.001
     assert found.p_values["log_likelihood"] < 1e-10
     assert "explain x worse than z*" in repr(found)
-    assert found.contraction["z"].mean().abs() < 0.05
+    assert found.contraction["z"].mean().abs() < 4 * math.sqrt(2 / 500 / 2)  # two prior variances of 500 draws
 
 
 def test_500_simulations_take_no_minute():
@@ -266,8 +266,8 @@ def test_the_likelihood_of_a_mixture_has_its_component_summed_out():
             draws = guide_draws(sampler, batch, 4)
             found = log_likelihood(sampler, batch, draws)
     z, x = torch.cat([batch.latents["z"], draws["z"]]), batch.arguments[0][0]
-    shares = dist.Categorical(torch.tensor([0.7, 0.3]))
-    exact = dist.MixtureSameFamily(shares, dist.Normal(torch.stack([z, z + 2], -1), 1.0)).log_prob(x)
+    parts = [dist.Normal(z + 2 * c, 1.0).log_prob(x) + math.log([0.7, 0.3][c]) for c in range(2)]
+    exact = torch.stack(parts).logsumexp(0)
     torch.testing.assert_close(found, exact)
 
 
@@ -283,10 +283,10 @@ def test_a_guide_that_is_wrong_near_the_data_only():
             pyro.sample("z", dist.Normal(torch.where(x > 2.5, x / 2 + 0.8, x / 2), math.sqrt(0.5)))
 
     x = 4 + 0.3 * torch.randn(50)
-    assert simulation_based_calibration(model, guide, x, seed=0).p_value > 0.05
-    assert posterior_calibration(model, guide, x, seed=0, num_particles=1000).p_value < 1e-3
-    found = [posterior_calibration(model, exact, x, num_particles=1500, num_simulations=400) for _ in range(3)]
-    for name in ("z", "log_likelihood"):
+    assert simulation_based_calibration(model, guide, x, seed=0).p_value > 1e-3
+    assert posterior_calibration(model, guide, x, seed=0, num_particles=1000).p_value < 1e-6
+    found = [posterior_calibration(model, exact, x, num_particles=60, num_simulations=400) for _ in range(5)]
+    for name in ("z", "log_likelihood"):  # uniform with few particles too, of which few are effective
         assert uniform_p_values(torch.cat([f.ranks[name] for f in found]), 100) > 1e-3
     assert found[0].group == "posterior_sbc"
 
