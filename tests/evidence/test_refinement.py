@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import planar
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from truths import LinearGaussian
@@ -221,6 +222,20 @@ def test_a_guide_that_is_no_gaussian_and_better_is_said_to_be():
     refined = refine(model, guide, torch.linspace(1.0, 2.0, 8), seed=0, progress=False)
     assert (refined.gap + torch.tensor(2.0).log()).abs().max() < 0.1
     assert "worse        8 of 8: the guide is no Gaussian, and better there" in repr(refined)
+
+
+def test_a_flow_without_an_inverse_is_a_start_too(pair):
+    truth, _, x = pair
+    flow = planar(3)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            base = dist.Normal(torch.zeros(len(x), 3), 1.0).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [flow]))
+
+    refined = refine(truth.model, guide, x, seed=0, progress=False)
+    assert not refined.is_gaussian.any()
+    assert (refined.loc - truth.posterior(x).mean).abs().max() < 1e-3
 
 
 def test_what_is_printed(pair):
