@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental import proxy_tensor
 
-from pyro_vae.compiled import recording
+from pyro_vae.compiled import adam, recording
 
 torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -53,3 +53,10 @@ def _short_recordings(request, monkeypatch):
 
     if not getattr(request.module, "WHOLE_RECORDINGS", False):
         monkeypatch.setattr(recording, "make_fx", short)
+
+
+@pytest.fixture
+def by_operation(monkeypatch):
+    """Graphs run operation by operation, as code takes seconds to generate."""
+    for module in (adam, recording):
+        monkeypatch.setattr(module, "generate", lambda module, held, inputs: module.forward)

@@ -35,8 +35,10 @@ def run_fit(compile, *, rows=100, batch_size=32, epochs=6, **options):
     ],
     ids=["adam", "clipped", "scheduled", "sgd"],
 )
-def test_compiled_fit_takes_the_steps_of_the_plain_one(options):
+def test_compiled_fit_takes_the_steps_of_the_plain_one(options, request):
     """Four batches an epoch, the last of four rows: the whole step, and steps beside it, are those of torch's Adam."""
+    if "scheduler" in options:  # its code is that without one
+        request.getfixturevalue("by_operation")
     plain, expected = run_fit(False, **options)
     compiled, result = run_fit(True, **options)
     assert result.num_steps == expected.num_steps == 24
@@ -71,9 +73,10 @@ def bad_fit(compile):
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(monkeypatch, deferred):
+def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(monkeypatch, deferred, request):
     expected = bad_fit(False)
     if deferred:  # as where the device would have to be waited for
+        request.getfixturevalue("by_operation")
         original = Steps.__init__
 
         def init(self, *args):

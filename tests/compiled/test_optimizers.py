@@ -9,7 +9,6 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from truths import linear_vae
 
 from pyro_vae import CompiledELBO, fit
-from pyro_vae.compiled import adam, recording
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.recording import record_gradients
 
@@ -18,10 +17,8 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Counts whole steps. Graphs run operation by operation, as code takes seconds to generate."""
-    for module in (adam, recording):
-        monkeypatch.setattr(module, "generate", lambda module, held, inputs: module.forward)
+def calls(monkeypatch, by_operation):
+    """Counts whole steps."""
     return count_calls(monkeypatch)
 
 
