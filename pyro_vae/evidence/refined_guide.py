@@ -15,6 +15,7 @@ from pyro_vae.evidence.own_rows import OwnRows
 from pyro_vae.evidence.structured import Arrow
 from pyro_vae.guides.chain import Chain, FullChain
 from pyro_vae.guides.guide import RowGuide
+from pyro_vae.guides.inputs import PlateRows
 from pyro_vae.pairs.handlers import StopAfter
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -70,9 +71,7 @@ class RefinedGuide(RowGuide):
             self.register_buffer(name, value)
         self.set_up(sampler.rows.args, sampler.rows.kwargs)
 
-    def make_chain(
-        self, size: int, indices: Tensor | None, given: Tensor | None, args: tuple, kwargs: dict[str, Any]
-    ) -> Chain:
+    def make_chain(self, rows: PlateRows, given: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Chain:
         """The factors of q(u|x); raises ValueError for rows that are not its own."""
         index = self._rows.find(args, kwargs)
         loc, slope, scale_tril = self.loc, self.slope, self.scale_tril

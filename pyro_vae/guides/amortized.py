@@ -26,7 +26,7 @@ from pyro_vae.distributions.multivariate import ConditionalMultivariateNormal
 from pyro_vae.guides.chain import Chain, FlowChain, FullChain, MeanFieldChain
 from pyro_vae.guides.flow import SiteFlow
 from pyro_vae.guides.guide import RowGuide
-from pyro_vae.guides.inputs import features_of, first_tensor
+from pyro_vae.guides.inputs import PlateRows, features_of, first_tensor
 from pyro_vae.guides.latents import Latents
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.names import store_name, trainable
@@ -98,10 +98,8 @@ class Amortized(RowGuide):
         self.register_buffer("given_spread", latents.given_spread.to(features))
         return latents
 
-    def make_chain(
-        self, size: int, indices: Tensor | None, given: Tensor | None, args: tuple, kwargs: dict[str, Any]
-    ) -> Chain:
-        features = features_of(self.network, self.inputs(*args, **kwargs), self.name, size, indices)
+    def make_chain(self, rows: PlateRows, given: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Chain:
+        features = features_of(self.network, self.inputs(*args, **kwargs), self.name, rows)
         if given is not None:
             given = (given - self.given_centre) / self.given_spread
             batch = torch.broadcast_shapes(features.shape[:-1], given.shape[:-1])

@@ -1,8 +1,8 @@
 r"""A flow for one site, given a context: u = c + s ∘ [μ(h) + σ(h) ∘ A(S(ε; h); h)], ε ~ N(0, I).
 
-S is a monotone rational-quadratic spline of each coordinate (Durkan, Bekasov, Murray & Papamakarios 2019, *Neural Spline
-Flows*; Zuko's), A an affine autoregressive map of several (Papamakarios, Pavlakou & Murray 2017; Pyro's). Both start at
-the identity.
+S is a monotone rational-quadratic spline of each coordinate (Durkan, Bekasov, Murray & Papamakarios 2019, *Neural
+Spline Flows*; Zuko's), A an affine autoregressive map of several (Papamakarios, Pavlakou & Murray 2017; Pyro's). Both
+start near the identity.
 """
 
 from __future__ import annotations

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.guides.chain import Chain
+from pyro_vae.guides.inputs import PlateRows
 from pyro_vae.guides.latents import Latents
 from pyro_vae.guides.prototype import find_latents
 from pyro_vae.guides.summaries import quantiles, sample_posterior
 from pyro_vae.guides.walk import Capture, Walk
 from pyro_vae.pairs.checks import check_function
+from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["RowGuide"]
@@ -61,14 +63,11 @@ class RowGuide(nn.Module):
         return type(self).__name__
 
     @abstractmethod
-    def make_chain(
-        self, size: int, indices: Tensor | None, given: Tensor | None, args: tuple, kwargs: dict[str, Any]
-    ) -> Chain:
+    def make_chain(self, rows: PlateRows, given: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Chain:
         """q(u|x) of the rows of a call, as factors.
 
         Args:
-            size: rows of the plate.
-            indices: those that the plate drew, if it subsamples.
+            rows: of the plate.
             given: coordinates of the latents in `given`, (*particles, 1, G); None without any.
             args: of the call.
             kwargs: of the call.
@@ -101,7 +100,7 @@ class RowGuide(nn.Module):
         self._check_outside(capture.values)
         walk = Walk(
             *(latents, self.plate, capture.values, self.given),
-            lambda size, indices, given: self.make_chain(size, indices, given, args, kwargs),
+            lambda rows, given: self.make_chain(rows, given, args, kwargs),
             self.name,
         )
         values = walk.run(self.model, args, kwargs)
@@ -124,13 +123,13 @@ class RowGuide(nn.Module):
         """
         latents, found = self.set_up(args, kwargs), []
 
-        def make(size: int, indices: Tensor | None, given: Tensor | None) -> Chain:
-            found.append(self.make_chain(size, indices, given, args, kwargs).joint([z.size for z in latents.inside]))
-            return self.make_chain(size, indices, given, args, kwargs)
+        def make(rows: PlateRows, given: Tensor | None) -> Chain:
+            found.append(self.make_chain(rows, given, args, kwargs).joint([z.size for z in latents.inside]))
+            return self.make_chain(rows, given, args, kwargs)
 
-        with poutine.block(), torch.no_grad():
+        with poutine.block(), torch.no_grad(), fork_random_state():
             values = self._medians_outside(args, kwargs)
-        with poutine.block():
+        with poutine.block(), fork_random_state():  # the walk draws, and the draws are not used
             Walk(latents, self.plate, values, self.given, make, self.name).run(self.model, args, kwargs)
         return found[0]
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["features_of", "first_tensor"]
+__all__ = ["PlateRows", "features_of", "first_tensor"]
+
+
+class PlateRows(NamedTuple):
+    """The rows of the data plate in a call: their number, and which of how many where the plate drew them."""
+
+    size: int
+    full_size: int
+    indices: Tensor | None
 
 
 def first_tensor(*args: Any, **kwargs: Any) -> Tensor:
@@ -21,17 +29,14 @@ def first_tensor(*args: Any, **kwargs: Any) -> Tensor:
     return rows.unsqueeze(-1) if rows.dim() == 1 else rows
 
 
-def features_of(
-    network: Callable, rows: Any, guide: str, size: int | None = None, indices: Tensor | None = None
-) -> Tensor:
+def features_of(network: Callable, rows: Any, guide: str, plate: PlateRows | None = None) -> Tensor:
     """h of the rows, (N, F).
 
     Args:
         network: maps rows to features.
         rows: a tensor, or a tuple of these.
         guide: name of the guide, for messages.
-        size: rows of the plate.
-        indices: rows that the plate drew.
+        plate: the rows of the call; None does not compare.
 
     Raises:
         ValueError: another number of rows than the plate has, rows of another width than the network takes, or an
@@ -45,13 +50,14 @@ def features_of(
                 f"{type(r).__name__}. Try inputs=lambda x: x."
             )
     lengths = {len(r) for r in rows}
-    if size is not None and lengths != {size}:
-        if indices is None or len(lengths) != 1 or len(indices) != size or int(indices.max()) >= min(lengths):
+    if plate is not None and lengths != {plate.size}:
+        if plate.indices is None or lengths != {plate.full_size}:
             raise ValueError(
-                f"{guide}: inputs: expected {size} rows, as the plate has, got {', '.join(map(str, sorted(lengths)))}. "
-                "Try inputs=…, a function of the arguments that gives a row for each data point."
+                f"{guide}: inputs: expected {plate.size} rows, as the plate has, got "
+                f"{', '.join(map(str, sorted(lengths)))}. Try inputs=…, a function of the arguments "
+                "that gives a row for each data point."
             )
-        rows = tuple(r[indices] for r in rows)
+        rows = tuple(r[plate.indices] for r in rows)
     weight = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     if weight is not None:  # counts and masks are read as numbers
         rows = tuple(r.to(weight.dtype) if not r.is_floating_point() and not _embeds(network) else r for r in rows)

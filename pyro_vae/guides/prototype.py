@@ -18,6 +18,7 @@ from pyro_vae.guides.latents import Latent, Latents, coordinates_outside
 from pyro_vae.pairs.checks import check_plate
 from pyro_vae.pairs.handlers import StopAfter
 from pyro_vae.pairs.look import Look, look
+from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites, site_mask
 from pyro_vae.pairs.supports import bijection, support_of
 
@@ -25,6 +26,8 @@ __all__ = ["find_latents"]
 
 DRAWS = 100  # of each coordinate under the prior, to find its centre and spread
 MOST_RUNS = 20  # of the model for that
+LOOKS = 6  # at all of the model, of which one may take another branch
+MOST_DRAWS = 10_000
 SPREADS = 1e-4, 1e4
 
 
@@ -58,49 +61,59 @@ def find_latents(
             enumeration; a support without a bijection, or that depends on a latent which the guide does not draw;
             latents that come and go; a mask under reinterpreted dimensions.
     """
-    looks = [look(model, nothing, args, kwargs) for _ in range(2)]
-    check_plate(looks[0], plate)
-    sites = _latent_sites(looks[0])
-    other = _latent_sites(looks[1])
-    if sites.keys() != other.keys():
-        names = sorted(sites.keys() ^ other.keys())
-        raise ValueError(
-            f"{guide}: latent sites {names} appear in some runs of the model only; expected the same latents each "
-            "time. Try poutine.mask in place of the branch, or a guide of your own for them."
-        )
-    left_out = tuple(name for name, site in sites.items() if enumerates(site))
-    continuous = {name: site for name, site in sites.items() if name not in left_out}
-    _check_continuous(continuous, guide)
-    inside = _inside(continuous, looks[0], plate, guide)
-    own = [latent.name for latent in inside]
-    others = [name for name, site in continuous.items() if not is_inside(site, plate)]
-    _check_supports(model, args, kwargs, sites, own, [*own, *others] if outside else own, guide)
-    _check_given(given, others, plate, guide)
-    runs = [_latent_sites(found) for found in looks]
-    rows = [_rows(inside, run) for run in runs]
-    missing = MOST_RUNS if given else ceil((DRAWS - 2 * len(rows[0])) / max(1, len(rows[0])))
-    stopped = _stopped(model, [*own, *others])
-    for _ in range(min(MOST_RUNS, missing)):
-        runs.append(_latent_sites(look(stopped, nothing, args, kwargs)))
-        rows.append(_rows(inside, runs[-1]))
-    centre, spread = _centre_and_spread(torch.cat(rows))
-    parts = [[coordinates_outside(n, run[n]["fn"], run[n]["value"], inside[0].nesting) for n in given] for run in runs]
-    of_given = _centre_and_spread(torch.cat([torch.cat(run, -1) for run in parts])) if given else (centre[:0],) * 2
+    with fork_random_state():
+        run = _Run(model, args, kwargs)
+        first, *others = looks = [run() for _ in range(LOOKS)]
+        check_plate(first, plate)
+        sites = _latent_sites(first)
+        _check_same(sites, [_latent_sites(other) for other in others], guide)
+        left_out = tuple(name for name, site in sites.items() if enumerates(site))
+        continuous = {name: site for name, site in sites.items() if name not in left_out}
+        _check_continuous(continuous, guide)
+        inside = _inside(continuous, first, plate, guide)
+        own = [latent.name for latent in inside]
+        around = tuple(name for name, site in continuous.items() if not is_inside(site, plate))
+        _check_supports(run, sites, own, [*own, *around] if outside else own, guide)
+        _check_given(given, around, plate, guide)
+        draws = [_latent_sites(found) for found in looks]
+        rows = inside[0].to_rows(_unconstrained(inside[0], draws[0])).shape[0]
+        more = MOST_RUNS if given else min(MOST_RUNS, ceil(DRAWS / max(1, rows)))
+        draws += [_latent_sites(run(stop=[*own, *around])) for _ in range(more - len(draws))]
     masks = {name: site_mask(site) for name, site in continuous.items()}
     return Latents(
         tuple(inside),
-        tuple(others),
+        around,
         left_out,
         inside[0].nesting,
-        centre,
-        spread,
-        *of_given,
+        *_units([torch.cat([z.to_rows(_unconstrained(z, d)) for z in inside], -1) for d in draws]),
+        *_units([_of_given(given, d, inside[0].nesting) for d in draws]),
         tuple(name for name, mask in masks.items() if mask is not None and not bool(mask.all())),
     )
 
 
+class _Run:
+    """Runs of the model, each with draws of its own."""
+
+    def __init__(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+
+    def __call__(self, *, stop: list[str] | None = None, values: Mapping[str, Tensor] | None = None) -> Look:
+        model = self.model if stop is None else _stopped(self.model, stop)
+        torch.manual_seed(int(torch.randint(2**31, ())))  # a look puts the states of generators back
+        return look(model, nothing, self.args, self.kwargs, values=values)
+
+
 def _latent_sites(found: Look) -> dict[str, dict]:
     return {name: site for name, site in sample_sites(found.model).items() if not site["is_observed"]}
+
+
+def _check_same(sites: Mapping[str, dict], others: list[dict[str, dict]], guide: str) -> None:
+    names = sorted({name for other in others for name in sites.keys() ^ other.keys()})
+    if names:
+        raise ValueError(
+            f"{guide}: latent sites {names} appear in some runs of the model only; expected the same latents each "
+            "time. Try poutine.mask in place of the branch, or a guide of your own for them."
+        )
 
 
 def _check_continuous(sites: Mapping[str, dict], guide: str) -> None:
@@ -155,31 +168,23 @@ def _inside(sites: Mapping[str, dict], found: Look, plate: str, guide: str) -> l
     return latents
 
 
-def _check_given(given: tuple[str, ...], outside: list[str], plate: str, guide: str) -> None:
+def _check_given(given: tuple[str, ...], outside: tuple[str, ...], plate: str, guide: str) -> None:
     unknown = [name for name in given if name not in outside]
     if unknown:
         raise ValueError(
             f"{guide}: given={unknown} are no continuous latents outside of plate {plate!r}; expected some of "
-            f"{outside}."
+            f"{list(outside)}."
         )
 
 
-def _check_supports(
-    model: Callable,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    sites: Mapping[str, dict],
-    inside: list[str],
-    drawn: list[str],
-    guide: str,
-) -> None:
+def _check_supports(run: _Run, sites: Mapping[str, dict], inside: list[str], drawn: list[str], guide: str) -> None:
     """Raises ValueError if a support depends on a latent that the guide does not draw."""
     others = sites.keys() - set(drawn)
     if not others:
         return
     values = {name: sites[name]["value"] for name in drawn}
     for _ in range(4):
-        again = _latent_sites(look(model, nothing, args, kwargs, values=values))
+        again = _latent_sites(run(values=values))
         for name in inside:
             u = bijection(name, sites[name]["fn"]).inv(values[name])
             if not torch.allclose(bijection(name, again[name]["fn"])(u), values[name], rtol=1e-3, equal_nan=True):
@@ -200,19 +205,23 @@ def _stopped(model: Callable, names: list[str]) -> Callable:
     return run
 
 
-def _rows(inside: list[Latent], sites: Mapping[str, dict]) -> Tensor:
-    """u of a run, (N, D)."""
-    parts = [
-        latent.to_rows(bijection(latent.name, sites[latent.name]["fn"]).inv(sites[latent.name]["value"]))
-        for latent in inside
-    ]
-    return torch.cat(parts, -1)
+def _unconstrained(latent: Latent, sites: Mapping[str, dict]) -> Tensor:
+    site = sites[latent.name]
+    return bijection(latent.name, site["fn"]).inv(site["value"])
 
 
-def _centre_and_spread(u: Tensor) -> tuple[Tensor, Tensor]:
+def _of_given(given: tuple[str, ...], sites: Mapping[str, dict], nesting: int) -> Tensor:
+    """Coordinates of latents outside of the plate, (1, G)."""
+    parts = [coordinates_outside(name, sites[name]["fn"], sites[name]["value"], nesting) for name in given]
+    return torch.cat(parts, -1) if parts else torch.zeros(1, 0)
+
+
+def _units(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Median and interquartile range, in standard deviations of a Normal, of draws (S, D) that may not be finite."""
+    u = torch.cat(draws)[:MOST_DRAWS]
+    if not u.shape[1]:
+        return u[0], u[0]
     level = torch.tensor([0.25, 0.5, 0.75], dtype=u.dtype, device=u.device)
-    known = torch.where(u.isfinite(), u, torch.nan)
-    low, centre, high = known[:100_000].nanquantile(level, 0)
+    low, centre, high = torch.where(u.isfinite(), u, torch.nan).nanquantile(level, 0)
     spread = ((high - low) / 1.349).nan_to_num(1.0)
     return centre.nan_to_num(0.0), torch.where(spread > 0, spread.clamp(*SPREADS), 1.0)

@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.guides.chain import Chain
+from pyro_vae.guides.inputs import PlateRows
 from pyro_vae.guides.latents import Latents, coordinates_outside
 from pyro_vae.guides.sites import coordinates, site_distribution
 from pyro_vae.pairs.handlers import StopAfter
@@ -46,7 +47,7 @@ class Walk(Messenger):
         plate: name of the plate of data points.
         outside: values of latents outside of the plate, and of plates that their guide recorded.
         given: those of them that the chain is conditioned on.
-        make_chain: (rows of the plate, their indices or None, coordinates of `given` or None) -> the factors of q.
+        make_chain: (rows of the plate, coordinates of `given` or None) -> the factors of q.
         guide: name of the guide, for messages.
 
     Attributes:
@@ -59,7 +60,7 @@ class Walk(Messenger):
         plate: str,
         outside: Mapping[str, Tensor],
         given: tuple[str, ...],
-        make_chain: Callable[[int, Tensor | None, Tensor | None], Chain],
+        make_chain: Callable[[PlateRows, Tensor | None], Chain],
         guide: str,
     ) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class Walk(Messenger):
         self._inside = {latent.name: latent for latent in latents.inside}
         self._replaced: set[str] = set()
         self._coordinates: dict[str, Tensor] = {}
-        self._indices: Tensor | None = None
+        self._drawn: tuple[Tensor | None, int] = None, 0
         self._chain: Chain | None = None
 
     def run(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -123,7 +124,8 @@ class Walk(Messenger):
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if site_is_subsample(msg) and msg["name"] == self.plate:
-            self._indices = msg["value"]
+            size = msg["fn"].size
+            self._drawn = None if len(msg["value"]) == size else msg["value"], size
         latent = self._inside.get(msg["name"])
         if latent is None or latent.name not in self._replaced:
             return
@@ -146,7 +148,8 @@ class Walk(Messenger):
             if parts:
                 batch = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
                 given = torch.cat([p.expand(*batch, -1) for p in parts], -1)
-            self._chain = self.make_chain(prior.batch_shape[latent.dim], self._indices, given)
+            size, (indices, full_size) = prior.batch_shape[latent.dim], self._drawn
+            self._chain = self.make_chain(PlateRows(size, full_size, indices), given)
         sizes = tuple(prior.batch_shape[d] if -d <= len(prior.batch_shape) else 1 for d in latent.inner)
         if sizes != latent.sizes:
             raise ValueError(

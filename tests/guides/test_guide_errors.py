@@ -1,0 +1,205 @@
+"""What guides refuse: where, expected, got, try; and that a refusal leaves nothing behind."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pyro_vae.guides import AmortizedFlow, AmortizedMultivariateNormal, AmortizedNormal
+from pyro_vae.networks import MLP
+
+GUIDES = [AmortizedNormal, AmortizedMultivariateNormal, AmortizedFlow]
+guides = pytest.mark.parametrize("make", GUIDES)
+
+
+def rows(x, sample):
+    with pyro.plate("data", len(x)):
+        z = sample()
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def model(x):
+    rows(x, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+
+def discrete(x):
+    rows(x, lambda: pyro.sample("z", dist.Poisson(2.0)))
+
+
+def sphere(x):
+    rows(x, lambda: pyro.sample("z", dist.ProjectedNormal(torch.ones(2)))[..., 0])
+
+
+def loop(x):
+    for i in pyro.plate("data", len(x)):
+        z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+        pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i, 0])
+
+
+def without_locals(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def sometimes(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z.mean() > 0:
+            z = pyro.sample("more", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def bounded_by_a_discrete_one(x):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Uniform(0.0, 1.0 + y))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def masked_inside(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(torch.arange(3) < 2).to_event(1))
+        pyro.sample("x", dist.Normal(z[..., 0], 1.0), obs=x[:, 0])
+
+
+@guides
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        (discrete, r"site 'z' is discrete \(Poisson\); expected continuous latents.*config_enumerate"),
+        (sphere, r"site 'z': ProjectedNormal cannot be mapped.*ProjectedNormalReparam"),
+        (loop, r"plate 'data' is a Python loop.*Try pyro.plate"),
+        (without_locals, r"no continuous latent inside of plate 'data' \(latents: \['z'\]\). Try one of Pyro's"),
+        (sometimes, r"latent sites \['more'\] appear in some runs of the model only.*Try poutine.mask"),
+        (bounded_by_a_discrete_one, r"the support of site 'z' depends on \['y'\], which this guide does not draw"),
+        (masked_inside, r"site 'z' has a mask under its reinterpreted dimensions.*Try .to_event"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_models_that_it_is_no_guide_for(make, which, message):
+    torch.manual_seed(1)
+    guide = make(which, MLP(1, [4]))
+    names = set(pyro.get_param_store().keys())
+    with pytest.raises(ValueError, match=f"(?s){make.__name__}: .*{message}"):
+        guide(torch.zeros(3, 1))
+    assert guide.latents is None
+    assert guide.head is None
+    assert set(pyro.get_param_store().keys()) == names
+
+
+def test_a_plate_that_the_model_has_not():
+    with pytest.raises(ValueError, match=r"no plate 'rows' in model and guide \(their plates: 'data' \(3\)\)"):
+        AmortizedNormal(model, MLP(1, [4]), plate="rows")(torch.zeros(3, 1))
+
+
+def test_a_network_of_another_width():
+    guide = AmortizedNormal(model, nn.Linear(7, 4))
+    message = (
+        r"network: it does not take rows of shape \(1,\) \(its first layer takes a width of 7\).*input has the width 1"
+    )
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        guide(torch.zeros(3, 1))
+    assert guide.latents is None
+
+
+def test_a_network_whose_output_has_no_row_for_each_point():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return x.mean(0, keepdim=True)
+
+    message = r"network: expected features of shape \(3, width\), a row for each data point, got \(1, 1\)"
+    with pytest.raises(ValueError, match=message):
+        AmortizedNormal(model, Pooled())(torch.zeros(3, 1))
+
+
+def test_inputs_with_another_number_of_rows():
+    guide = AmortizedNormal(model, MLP(1, [4]), inputs=lambda x: torch.cat([x, x]))
+    with pytest.raises(ValueError, match=r"inputs: expected 3 rows, as the plate has, got 6. Try inputs="):
+        guide(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"inputs: expected a tensor with a row for each data point.*got float"):
+        AmortizedNormal(model, MLP(1, [4]), inputs=lambda x: 1.0)(torch.zeros(3, 1))
+
+
+def test_inner_plates_of_another_size():
+    def ragged(x):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("time", x.shape[1], dim=-2):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    guide = AmortizedNormal(ragged, MLP(1, [4]), inputs=lambda x: x.mean(1, keepdim=True))
+    guide(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"inner plates of sizes \(5,\), at the first call \(4,\).*pad rows"):
+        guide(torch.zeros(3, 5))
+
+
+def test_a_flow_over_elements_that_are_masked_one_by_one():
+    def ragged(x, there):
+        with pyro.plate("data", len(x), dim=-1), pyro.plate("time", 4, dim=-2), pyro.poutine.mask(mask=there.T):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    with pytest.raises(ValueError, match=r"sites \['z'\] are masked.*Try AmortizedMultivariateNormal"):
+        AmortizedFlow(ragged, MLP(4, [4]))(torch.zeros(3, 4), torch.eye(4).bool()[:3])
+
+
+def test_latents_that_it_is_to_be_given():
+    with pytest.raises(ValueError, match=r"given=\['nonsense'\] are no continuous latents outside of plate 'data'"):
+        AmortizedNormal(model, MLP(1, [4]), given=["nonsense"])(torch.zeros(3, 1))
+
+
+def test_an_outside_guide_that_lacks_a_latent():
+    def shared(x):
+        centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(centre, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = AmortizedNormal(shared, MLP(1, [4]), outside=lambda x: None)
+    with pytest.raises(ValueError, match=r"outside=function did not sample \['centre'\]; expected all latents outside"):
+        guide(torch.zeros(3, 1))
+
+
+def test_what_cannot_be_called():
+    with pytest.raises(TypeError, match="model: expected a function, got Tensor"):
+        AmortizedNormal(torch.zeros(3), MLP(1, [4]))
+    with pytest.raises(TypeError, match="network: expected a module that maps rows of inputs to features"):
+        AmortizedNormal(model, 3)
+    with pytest.raises(TypeError, match="inputs: expected a function of the arguments, got Tensor"):
+        AmortizedNormal(model, MLP(1, [4]), inputs=torch.zeros(3, 1))
+    guide = AmortizedNormal(model, MLP(1, [4]))
+    with pytest.raises(ValueError, match="quantiles: expected a sequence of levels between 0 and 1"):
+        guide.quantiles([0.5, 1.5], torch.zeros(3, 1))
+
+
+def test_two_guides_do_not_meet_in_the_parameter_store():
+    """Each trains its own weights, under a name of its own; a name that another's weight has is refused."""
+    x = torch.zeros(3, 1)
+    first, second = (AmortizedNormal(model, MLP(1, [4])) for _ in range(2))
+    for guide in (first, second):
+        before = None
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        guide(x)
+        before = [p.clone() for p in guide.head.parameters()]
+        svi.step(x)
+        assert all(not torch.equal(p, b) for p, b in zip(guide.head.parameters(), before, strict=True))
+    names = {name.partition("$$$")[0] for name in pyro.get_param_store().keys()}  # noqa: SIM118
+    assert names == {"AmortizedNormal", "AmortizedNormal_2"}
+    pyro.clear_param_store()
+    pyro.param("mine$$$head.head.weight", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"guide 'mine': Pyro's parameter store already holds .*Try another name"):
+        AmortizedNormal(model, MLP(1, [4]), name="mine")(x)
+
+
+def test_looking_changes_no_random_state():
+    x = torch.zeros(3, 1)
+    guide = AmortizedFlow(model, MLP(1, [4]))
+    guide(x)
+    state = torch.get_rng_state()
+    guide.get_posterior(x)
+    guide.median(x)
+    guide.quantiles([0.1, 0.9], x)
+    guide.sample_posterior(x, num_samples=3, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
