@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +104,24 @@ class Outside(nn.Module):
     def __init__(self, guide: Callable, names: list[str]) -> None:
         super().__init__()
         self.guide, self.names = guide, names
+        for name in ("median", "quantiles"):
+            if hasattr(guide, name):
+                setattr(self, name, partial(self._ask, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(hide_fn=self._hides), suppress(StopAfter.Done):
-            StopAfter(self.names)(self.guide)(*args, **kwargs)
+        with poutine.block(hide_fn=self._hides), suppress(Stop.Done):
+            Stop(self.names)(self.guide)(*args, **kwargs)
+
+    def _ask(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = getattr(self.guide, method)(*args, **kwargs)
+        return {name: found[name] for name in self.names if name in found}
 
     def _hides(self, site: dict) -> bool:
         return site["type"] == "sample" and site["name"] not in self.names
+
+
+class Stop(StopAfter):
+    """Whose end is its own: one around the whole guide, that ends at the same site, is not taken for it."""
+
+    class Done(Exception):
+        pass

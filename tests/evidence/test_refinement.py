@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from truths import LinearGaussian
 from truths.battery import TRUTHS
 
-from pyro_vae import adaptive_importance_sampling, draw_particles, importance_sampling
+from pyro_vae import adaptive_importance_sampling, draw_particles, draw_posterior, importance_sampling
 from pyro_vae.evidence import refine
 
 
@@ -153,6 +153,21 @@ def test_locals_given_globals_equal_the_closed_form():
     assert log_weight.effective_sample_size > 49.9  # each joint weight is p(x), so that z and m go together
     one = Trace_ELBO().loss(hierarchy.model, refined, x)
     assert abs(one + log_weight.log_evidence.item()) < 1e-3
+
+
+def test_globals_and_locals_are_drawn_and_weighed_together():
+    hierarchy = Hierarchy()
+    x = 3 + torch.randn(6)
+    guide = AutoNormal(hierarchy.model, init_scale=0.3)
+    refined = refine(hierarchy.model, guide, x, seed=0, progress=False)
+    loc, scale = hierarchy.posterior(x)
+    found = draw_posterior(hierarchy.model, refined, x, num_samples=4000, num_particles=2000, seed=0, progress=False)
+    assert ((found["z"].mean(0) - loc) / scale).abs().max() < 4.5 / 1500**0.5
+    draws = refined.sample_posterior(x, num_samples=20, seed=0)
+    assert draws["m"].shape == (20,)
+    assert draws["z"].shape == (20, 6)
+    torch.testing.assert_close(refined.median(x)["m"], guide.median(x)["m"])
+    assert (refined.get_posterior(x).mean - refined.loc).abs().max() < 0.1  # at the median of m, not its mean of draws
 
 
 def draw_guide(guide, x, count):
