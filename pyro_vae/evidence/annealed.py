@@ -80,7 +80,7 @@ def annealed_importance_sampling(
         num_temperatures: T ≥ 1, number of values of b above 0.
         num_leapfrog: L ≥ 1, number of gradients in a transition.
         start: q₀. "guide"; "prior"; or "adapted", the Gaussian that `adaptive_importance_sampling` fits. "adapted"
-            needs the fewest temperatures, and also works for a guide with auxiliary variables.
+            needs the fewest temperatures, and also works for a guide whose density is not known.
         schedule: how the temperatures are spaced. "linear"; "sigmoid", slow at both ends; or "adaptive", with equal
             steps of ∫ √Var_b(U) db for each point, as estimated by the pilot run (Gelman & Meng 1998, section 4.2).
         plate: name of the plate of data points; None for the joint evidence of all data.

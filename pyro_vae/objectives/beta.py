@@ -79,7 +79,7 @@ class BetaELBO(TraceMeanField_ELBO):
         self._schedules = {"beta": beta} if capacity is None else {"beta": beta, "capacity": capacity}
         self.plate = plate
         # tensors, so that a compiled loss has them as inputs
-        self._now = {name: torch.tensor(value_at(name, s, 0)) for name, s in self._schedules.items()}
+        self._now = {name: torch.tensor(value_at("BetaELBO", name, s, 0)) for name, s in self._schedules.items()}
         self._calls = torch.tensor(-1)
         self._driven = False
 
@@ -115,7 +115,7 @@ class BetaELBO(TraceMeanField_ELBO):
 
     def _set(self, step: int) -> None:
         for name, schedule in self._schedules.items():
-            self._now[name].fill_(value_at(name, schedule, step))
+            self._now[name].fill_(value_at("BetaELBO", name, schedule, step))
 
     @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from math import isfinite
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vae.objectives.protocol import annealed, has_differentiable_loss
-from pyro_vae.objectives.schedules import Schedule
+from pyro_vae.objectives.schedules import Schedule, value_at
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["CombinedELBO"]
@@ -102,11 +101,8 @@ class CombinedELBO(ELBO):
                 part.set_step(step)
 
     def _weight_at(self, index: int, step: int) -> float:
-        schedule, name = self._schedules[index], type(self.elbos[index]).__name__
-        value = float(schedule(step) if callable(schedule) else schedule)
-        if not (isfinite(value) and value >= 0):
-            raise ValueError(f"CombinedELBO: expected a finite weight >= 0 of {name}, got {value} at step {step}.")
-        return value
+        name = f"weight of {type(self.elbos[index]).__name__}"
+        return value_at("CombinedELBO", name, self._schedules[index], step)
 
     @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:

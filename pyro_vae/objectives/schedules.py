@@ -37,9 +37,9 @@ def cyclical(period: int, start: float = 0.0, stop: float = 1.0, *, rising: floa
     return lambda step: start + (stop - start) * min(1.0, step % period / (rising * period))
 
 
-def value_at(name: str, schedule: float | Schedule, step: int) -> float:
-    """The value of a number or schedule at a step, which must be finite and not negative. Errors give its `name`."""
+def value_at(owner: str, name: str, schedule: float | Schedule, step: int) -> float:
+    """The value of a number or schedule at a step, which must be finite and not negative. Errors say whose it is."""
     value = float(schedule(step) if callable(schedule) else schedule)
     if not (isfinite(value) and value >= 0):
-        raise ValueError(f"BetaELBO: expected a finite {name} >= 0, got {value} at step {step}.")
+        raise ValueError(f"{owner}: expected a finite {name} >= 0, got {value} at step {step}.")
     return value

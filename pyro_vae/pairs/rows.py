@@ -55,11 +55,11 @@ class Rows:
     @contextmanager
     def using(self, args: tuple, kwargs: dict) -> Iterator[None]:
         """Uses these in place of the arguments, whatever rows are asked for."""
-        self._standing_in = args, kwargs
+        before, self._standing_in = self._standing_in, (args, kwargs)
         try:
             yield
         finally:
-            self._standing_in = None
+            self._standing_in = before
 
     def cut(self, rows: slice | None) -> tuple[tuple, dict]:
         """The arguments for some rows (None: all)."""

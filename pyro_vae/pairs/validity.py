@@ -115,6 +115,7 @@ def _check_jacobian(pair: Pair, auxiliary: list[str], images: list[str]) -> None
         pairs = zip(found, u.values(), strict=True)
         rows.append(torch.cat([(torch.zeros_like(v) if g is None else g).reshape(-1) for g, v in pairs]))
     expected = -torch.linalg.slogdet(torch.stack(rows).double()).logabsdet - log_det
+    claimed, expected = torch.as_tensor(claimed).detach(), expected.detach()
     if not (claimed - expected).abs() < 0.02 + 1e-3 * expected.abs():  # also where there is no inverse
         raise ValueError(
             f"sites {images} of the guide are points (Delta) that are functions of {auxiliary}, with a log_density of "

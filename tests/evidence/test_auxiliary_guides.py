@@ -179,7 +179,6 @@ def test_what_is_no_coordinate_stays_unknown():
         density.log_all(torch.full((2, len(X), 1), 13.0))
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # to a float, in the message
 def test_a_wrong_log_determinant_is_refused_by_name():
     def wrong(x):
         with pyro.plate("data", len(x)):

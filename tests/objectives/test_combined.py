@@ -131,13 +131,11 @@ def test_errors():
     for parts in ([Trace_ELBO()], [(Trace_ELBO(), "1")], [(1.0, Trace_ELBO())]):
         with pytest.raises(TypeError, match=r"expected pairs \(pyro.infer.ELBO, weight\)"):
             CombinedELBO(parts)
-    with pytest.raises(ValueError, match=r"expected a finite weight >= 0 of Trace_ELBO, got -1.0 at step 0"):
+    with pytest.raises(ValueError, match=r"expected a finite weight of Trace_ELBO >= 0, got -1.0 at step 0"):
         CombinedELBO([(Trace_ELBO(), -1)])
-    with pytest.raises(ValueError, match=r"expected a finite weight >= 0 of ForwardKL, got -1.0 at step 5"):
+    with pytest.raises(ValueError, match=r"expected a finite weight of ForwardKL >= 0, got -1.0 at step 5"):
         CombinedELBO([(ForwardKL(), linear(5, 1.0, -1.0))]).set_step(5)
-    with pytest.raises(
-        TypeError, match=r"RenyiELBO has no loss that can be differentiated.*Try Importance"
-    ):
+    with pytest.raises(TypeError, match=r"RenyiELBO has no loss that can be differentiated.*Try Importance"):
         CombinedELBO([(RenyiELBO(), 1.0)])
     with pytest.raises(TypeError, match="not compiled yet"):
         CombinedELBO([(CompiledELBO(), 1.0)])

@@ -49,13 +49,22 @@ NEED_NO_DOOR = {
     "CompiledELBO.run": "a part of `fit` and of the losses, which have one",
     "BetaELBO.set_step": "takes a number",
     "BetaELBO.not_a_bound": "gives a text",
+    "Calibration.ecdf_bands": "looks at ranks",
+    "Calibration.plot": "draws ranks",
+    "Calibration.to_arviz": "takes ranks",
+    "Coverage.bands": "looks at ranks",
+    "Coverage.plot": "draws ranks",
+    "InferenceGaps.plot": "draws gaps",
+    "CombinedELBO.set_step": "takes a number",
+    "CombinedELBO.not_a_bound": "gives a text",
     "FitResult.add_epoch": "takes losses",
     "FitResult.stalled": "looks at losses",
 } | {
     f"{guide}.{part}": "a part of a pair"
-    for guide in ("AmortizedNormal", "AmortizedMultivariateNormal", "AmortizedFlow")
+    for guide in ("AmortizedNormal", "AmortizedMultivariateNormal", "AmortizedFlow", "RefinedGuide")
     for part in ("forward", "set_up", "register", "make_chain", "make_head", "chain_of", "family")
     if (guide, part) != ("AmortizedFlow", "family")
+    and (guide != "RefinedGuide" or part in ("forward", "set_up", "register", "make_chain"))
 }
 
 
