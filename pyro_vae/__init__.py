@@ -19,6 +19,7 @@ from pyro_vae.evidence import (
     importance_sampling,
     integrated_log_likelihood,
     prior_sampling,
+    refine,
     sandwich,
 )
 from pyro_vae.models import VAE, fit_layers, stack
@@ -55,6 +56,7 @@ __all__ = [
     "integrated_log_likelihood",
     "latent_usage",
     "prior_sampling",
+    "refine",
     "sandwich",
     "simulate",
     "stack",
