@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.distributions.gaussians import MultivariateNormal
@@ -64,9 +65,11 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
 
 
 def _sampler(guide: Any, args: tuple, kwargs: dict[str, Any]) -> ParticleSampler:
-    """Of the guide alone, in the role of the model as well."""
     guide.set_up(args, kwargs)
-    return ParticleSampler(guide, guide, args, kwargs, plate=guide.plate, outside=True)
+    model = guide.model
+    if guide.outside is None:  # latents outside of the plate have another guide, which is not asked
+        model = poutine.block(model, hide=list(guide.latents.outside))
+    return ParticleSampler(model, guide, args, kwargs, plate=guide.plate, outside=True)
 
 
 def _names(guide: Any) -> list[str]:

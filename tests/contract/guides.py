@@ -23,6 +23,7 @@ class Case(NamedTuple):
     width: int
     inputs: Callable | None = None
     log_evidence: Tensor | None = None
+    network: Callable[[], nn.Module] | None = None
 
 
 def vector(x: Tensor) -> None:
@@ -122,15 +123,47 @@ def _vector() -> Case:
     return Case(vector, (x,), 3, None, dist.MultivariateNormal(torch.zeros(3), covariance).log_prob(x))
 
 
+class Reader(nn.Module):
+    """Reads a sequence of (value, whether it is there) for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(2, 8, batch_first=True)
+
+    def forward(self, x: Tensor, there: Tensor) -> Tensor:
+        return self.recurrent(torch.stack([x * there, there], -1))[1][0]
+
+
+def series(x: Tensor, there: Tensor) -> None:
+    """z ~ N(0, 1), x_t ~ N(z, 1) for the elements of a row that are there: one latent, rows of different length."""
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("time", 4, dim=-2), pyro.poutine.mask(mask=there.T):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+
+def _series() -> Case:
+    case = _masked()
+    x, there = case.args
+    number, total = there.sum(1), (x * there).sum(1)
+    log_p = (dist.Normal(0.0, 1.0).log_prob(x) * there).sum(1)  # log N(x; 0, I + 1 1ᵀ) of as many as are there
+    log_p = log_p + 0.5 * total**2 / (1 + number) - 0.5 * (1.0 + number).log()
+    return Case(series, case.args, 4, _both, log_p, Reader)
+
+
+def _both(x: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    return x, there
+
+
 def groups(x: Tensor) -> None:
     """Latents outside of the plate, and a correlation matrix for each row."""
     centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
-    with pyro.plate("two", 2):
+    with pyro.plate("two", 2, dim=-2):
         spread = pyro.sample("spread", dist.LogNormal(0.0, 0.5))
-    with pyro.plate("data", 12, subsample_size=len(x)):
+    with pyro.plate("data", 12, subsample_size=len(x), dim=-1):
         tril = pyro.sample("tril", dist.LKJCholesky(2, 2.0))
         mean = pyro.sample("mean", dist.Normal(centre.unsqueeze(-1) + torch.zeros(2), 1.0).to_event(1))
-        scale = tril * spread.unsqueeze(-1)
+        scale = tril * spread.transpose(-1, -2).unsqueeze(-1)
         pyro.sample("x", dist.MultivariateNormal(mean, scale_tril=scale), obs=x)
 
 
@@ -140,6 +173,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "within": _within,
     "mixture": _mixture,
     "masked": _masked,
+    "series": _series,
     "groups": lambda: Case(groups, (torch.randn(6, 2, generator=torch.Generator().manual_seed(2)),), 2),
 }
 
@@ -148,7 +182,7 @@ def make(guide: str, case: Case) -> Any:
     """One with weights of order one, after its first call."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        network = nn.Sequential(nn.Linear(case.width, 8), nn.Tanh())
+        network = nn.Sequential(nn.Linear(case.width, 8), nn.Tanh()) if case.network is None else case.network()
         made = GUIDES[guide](case.model, network, inputs=case.inputs)
         with pyro.poutine.block():
             made(*case.args)
