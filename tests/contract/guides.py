@@ -163,7 +163,7 @@ def groups(x: Tensor) -> None:
     with pyro.plate("data", 12, subsample_size=len(x), dim=-1):
         tril = pyro.sample("tril", dist.LKJCholesky(2, 2.0))
         mean = pyro.sample("mean", dist.Normal(centre.unsqueeze(-1) + torch.zeros(2), 1.0).to_event(1))
-        scale = tril * spread.transpose(-1, -2).unsqueeze(-1)
+        scale = tril * spread.unsqueeze(-1).transpose(-3, -2).unsqueeze(-3)
         pyro.sample("x", dist.MultivariateNormal(mean, scale_tril=scale), obs=x)
 
 
