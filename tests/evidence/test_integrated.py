@@ -281,7 +281,7 @@ def test_a_sequential_plate_with_a_latent_outside(parallel):
         for i in pyro.plate("data", len(x)):
             pyro.sample(f"z_{i}", dist.Normal((m + 3 * x[i]) / 4, 0.8))
 
-    x, options = X[:4], {"num_samples": 6, "num_particles": 300, "parallel": parallel}
+    x, options = X[:4], {"num_samples": 3, "num_particles": 300, "parallel": parallel}
     for adaptive in (False, "auto"):
         found = integrated_log_likelihood(model, guide, x, adaptive=adaptive, **options, **QUIET)
         assert ((found - TRUTH.log_given(x, found.globals["m"])) / found.standard_error).abs().max() < 5
