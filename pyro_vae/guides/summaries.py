@@ -56,7 +56,7 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
                     found[latent.name] = sampler.layout.align({**sites[latent.name], "value": value})
         if guide.outside is not None and hasattr(guide.outside, "quantiles"):
             of_outside = guide.outside.quantiles([float(x) for x in levels], *args, **kwargs)
-            found |= {name: torch.as_tensor(value) for name, value in of_outside.items()}
+            found |= {name: _outside(sampler, sites[name], torch.as_tensor(v)) for name, v in of_outside.items()}
         missing = sites.keys() - found.keys()
         if missing:
             draws = _aligned(sampler, guide, sampler.run(guide, DRAWS))
@@ -84,6 +84,13 @@ def _aligned(sampler: ParticleSampler, guide: Any, trace: Any) -> dict[str, Tens
         name: sampler.layout.align(trace.nodes[name]) if name in inside else around.align(trace.nodes[name])[:, 0]
         for name in _names(guide)
     }
+
+
+def _outside(sampler: ParticleSampler, site: dict, value: Tensor) -> Tensor:
+    """Values (Q, *shape of a site outside of the plate) without the dimensions of plates that it is not in."""
+    around = Layout(sampler.pair.look, None, sampler.rows)
+    missing = around.width + len(site["fn"].event_shape) - value.dim()
+    return around.align({**site, "value": value.reshape(len(value), *(1,) * missing, *value.shape[1:])})[:, 0]
 
 
 def _is_fixed(latent: Latent, fn: Any) -> bool:
