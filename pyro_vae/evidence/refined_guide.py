@@ -17,7 +17,7 @@ from pyro_vae.evidence.structured import Arrow
 from pyro_vae.guides.chain import Chain, FullChain
 from pyro_vae.guides.guide import RowGuide
 from pyro_vae.guides.inputs import PlateRows
-from pyro_vae.pairs.handlers import StopAfter
+from pyro_vae.pairs.handlers import OwnStop
 from pyro_vae.particles.sampler import ParticleSampler
 
 __all__ = ["RefinedGuide", "Refinement"]
@@ -109,8 +109,8 @@ class Outside(nn.Module):
                 setattr(self, name, partial(self._ask, name))
 
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(hide_fn=self._hides), suppress(Stop.Done):
-            Stop(self.names)(self.guide)(*args, **kwargs)
+        with poutine.block(hide_fn=self._hides), suppress(OwnStop.Done):
+            OwnStop(self.names)(self.guide)(*args, **kwargs)
 
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = getattr(self.guide, method)(*args, **kwargs)
@@ -118,10 +118,3 @@ class Outside(nn.Module):
 
     def _hides(self, site: dict) -> bool:
         return site["type"] == "sample" and site["name"] not in self.names
-
-
-class Stop(StopAfter):
-    """Whose end is its own: one around the whole guide, that ends at the same site, is not taken for it."""
-
-    class Done(Exception):
-        pass

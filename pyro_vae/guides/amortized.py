@@ -248,12 +248,6 @@ class AmortizedFlow(Amortized):
     """
 
     def make_head(self, width: int, latents: Latents) -> nn.Module:
-        split = [latent.name for latent in latents.inside if latent.name in latents.masked and latent.inner]
-        if split:
-            raise ValueError(
-                f"{self.name}: sites {split} are masked and have plates inside of plate {self.plate!r}; a flow has one "
-                "density for all elements of a row. Try AmortizedMultivariateNormal, which has one for each."
-            )
         return nn.ModuleList(
             SiteFlow(
                 width + latent.start,

@@ -10,7 +10,7 @@ It has no sites but the model's, each with a density at any value: q(u|x) is a c
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from pyro_vae.guides.prototype import find_latents
 from pyro_vae.guides.summaries import quantiles, sample_posterior
 from pyro_vae.guides.walk import Capture, Walk
 from pyro_vae.pairs.checks import check_function
-from pyro_vae.pairs.modes import fork_random_state
+from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["RowGuide"]
@@ -109,6 +109,19 @@ class RowGuide(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self, super())
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; the first call makes what is loaded into.
+
+        Raises:
+            ValueError: the guide has not been called yet.
+        """
+        if self.latents is None:
+            raise ValueError(
+                f"{self.name}: it has no weights before its first call, which looks at the model. Try guide(*args) "
+                "once, then load_state_dict."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def register(self) -> None:
         """Declares what trains to Pyro."""
 
@@ -129,7 +142,8 @@ class RowGuide(nn.Module):
 
         with poutine.block(), torch.no_grad(), fork_random_state():
             values = self._medians_outside(args, kwargs)
-        with poutine.block(), fork_random_state():  # the walk draws, and the draws are not used
+        # the walk draws, and the draws are not used
+        with poutine.block(), fork_random_state(), evaluation_mode(self, self.model):
             Walk(latents, self.plate, values, self.given, make, self.name).run(self.model, args, kwargs)
         return found[0]
 

@@ -90,7 +90,6 @@ class Latents:
         nesting: dimensions that the plates of the model take.
         centre, spread: of each coordinate of u under the prior, (D,).
         given_centre, given_spread: the same of the latents outside that q is conditioned on, (G,).
-        masked: names of sites that are masked somewhere.
     """
 
     inside: tuple[Latent, ...]
@@ -101,7 +100,6 @@ class Latents:
     spread: Tensor
     given_centre: Tensor
     given_spread: Tensor
-    masked: tuple[str, ...]
 
     @property
     def dim(self) -> int:

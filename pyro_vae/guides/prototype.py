@@ -5,7 +5,7 @@ Draws of the prior say where each coordinate lies and how wide it is; a guide me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from math import ceil
 from typing import Any
@@ -19,7 +19,7 @@ from pyro_vae.pairs.checks import check_plate
 from pyro_vae.pairs.handlers import StopAfter
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.modes import fork_random_state
-from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites, site_mask
+from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites
 from pyro_vae.pairs.supports import bijection, support_of
 
 __all__ = ["find_latents"]
@@ -28,6 +28,7 @@ DRAWS = 100  # of each coordinate under the prior, to find its centre and spread
 MOST_RUNS = 20  # of the model for that
 LOOKS = 6  # at all of the model, of which one may take another branch
 MOST_DRAWS = 10_000
+MOST_VALUES = 4  # of discrete latents at which supports are compared
 SPREADS = 1e-4, 1e4
 
 
@@ -79,7 +80,6 @@ def find_latents(
         rows = inside[0].to_rows(_unconstrained(inside[0], draws[0])).shape[0]
         more = MOST_RUNS if given else min(MOST_RUNS, ceil(DRAWS / max(1, rows)))
         draws += [_latent_sites(run(stop=[*own, *around])) for _ in range(more - len(draws))]
-    masks = {name: site_mask(site) for name, site in continuous.items()}
     return Latents(
         tuple(inside),
         around,
@@ -87,7 +87,6 @@ def find_latents(
         inside[0].nesting,
         *_units([torch.cat([z.to_rows(_unconstrained(z, d)) for z in inside], -1) for d in draws]),
         *_units([_of_given(given, d, inside[0].nesting) for d in draws]),
-        tuple(name for name, mask in masks.items() if mask is not None and not bool(mask.all())),
     )
 
 
@@ -183,8 +182,8 @@ def _check_supports(run: _Run, sites: Mapping[str, dict], inside: list[str], dra
     if not others:
         return
     values = {name: sites[name]["value"] for name in drawn}
-    for _ in range(4):
-        again = _latent_sites(run(values=values))
+    for i in range(MOST_VALUES):
+        again = _latent_sites(run(values=values | _ith_values(sites, others, i)))
         for name in inside:
             u = bijection(name, sites[name]["fn"]).inv(values[name])
             if not torch.allclose(bijection(name, again[name]["fn"])(u), values[name], rtol=1e-3, equal_nan=True):
@@ -193,6 +192,17 @@ def _check_supports(run: _Run, sites: Mapping[str, dict], inside: list[str], dra
                     "draw. Expected supports that depend on its own latents only. Try outside=AutoNormal for latents "
                     "outside of the plate, or a latent with a fixed support of which this one is a function."
                 )
+
+
+def _ith_values(sites: Mapping[str, dict], names: Iterable[str], i: int) -> dict[str, Tensor]:
+    """Of sites that are enumerated, each one's i-th value in all rows; others are drawn."""
+    found = {}
+    for name in names:
+        fn = sites[name]["fn"]
+        if enumerates(sites[name]):
+            values = fn.enumerate_support(expand=False)
+            found[name] = values[i % len(values)].expand(fn.batch_shape + fn.event_shape)
+    return found
 
 
 def _stopped(model: Callable, names: list[str]) -> Callable:
@@ -218,7 +228,7 @@ def _of_given(given: tuple[str, ...], sites: Mapping[str, dict], nesting: int) -
 
 def _units(draws: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Median and interquartile range, in standard deviations of a Normal, of draws (S, D) that may not be finite."""
-    u = torch.cat(draws)[:MOST_DRAWS]
+    u = torch.cat(draws)[:MOST_DRAWS].detach()
     if not u.shape[1]:
         return u[0], u[0]
     level = torch.tensor([0.25, 0.5, 0.75], dtype=u.dtype, device=u.device)

@@ -53,6 +53,7 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
             for latent in guide.latents.inside:
                 if _is_fixed(latent, sites[latent.name]["fn"]):
                     value = _value(latent, sites[latent.name]["fn"], u[..., latent.start : latent.stop])
+                    value = value.sort(0).values if level.diff().gt(0).all() else value  # a bijection may fall
                     found[latent.name] = sampler.layout.align({**sites[latent.name], "value": value})
         if guide.outside is not None and hasattr(guide.outside, "quantiles"):
             of_outside = guide.outside.quantiles([float(x) for x in levels], *args, **kwargs)

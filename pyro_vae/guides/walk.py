@@ -17,11 +17,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.guides.chain import Chain
+from pyro_vae.guides.chain import Chain, FlowChain
 from pyro_vae.guides.inputs import PlateRows
 from pyro_vae.guides.latents import Latents, coordinates_outside
 from pyro_vae.guides.sites import coordinates, site_distribution
-from pyro_vae.pairs.handlers import StopAfter
+from pyro_vae.pairs.handlers import OwnStop
 
 __all__ = ["Capture", "Walk"]
 
@@ -33,10 +33,14 @@ class Capture(Messenger):
         super().__init__()
         self.names = set(names)
         self.values: dict[str, Tensor] = {}
+        self._name = ""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        self._name = msg["name"]  # a handler outside, such as poutine.scope, may give it another
 
     def _pyro_post_sample(self, msg: dict) -> None:
-        if msg["name"] in self.names or site_is_subsample(msg):
-            self.values[msg["name"]] = msg["value"]
+        if self._name in self.names or site_is_subsample(msg):
+            self.values[self._name] = msg["value"]
 
 
 class Walk(Messenger):
@@ -72,6 +76,7 @@ class Walk(Messenger):
         self._coordinates: dict[str, Tensor] = {}
         self._drawn: tuple[Tensor | None, int] = None, 0
         self._chain: Chain | None = None
+        self._name = ""
 
     def run(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Runs the model and returns the values of the latents of the data points.
@@ -79,8 +84,8 @@ class Walk(Messenger):
         Raises:
             ValueError: other latents than at the first call.
         """
-        with poutine.block(hide_fn=self._hides), self, suppress(StopAfter.Done):
-            StopAfter(self._inside)(model)(*args, **kwargs)
+        with poutine.block(hide_fn=self._hides), self, suppress(OwnStop.Done):
+            OwnStop(self._inside)(model)(*args, **kwargs)
         missing = self._inside.keys() - self.values.keys()
         if missing:
             raise ValueError(
@@ -98,6 +103,7 @@ class Walk(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         name, fn = msg["name"], msg["fn"]
+        self._name = name  # a handler outside, such as poutine.scope, may give it another
         if site_is_subsample(msg):
             if name in self.outside:
                 msg["value"] = self.outside[name]
@@ -106,6 +112,7 @@ class Walk(Messenger):
         elif name in self._inside:
             self._replaced.add(name)
             msg["fn"] = self._factor(name, fn)
+            self._check_whole(name, msg)
         elif name in self.outside:
             msg["value"] = self.outside[name]
             if name in self.given:
@@ -123,16 +130,28 @@ class Walk(Messenger):
             )
 
     def _pyro_post_sample(self, msg: dict) -> None:
-        if site_is_subsample(msg) and msg["name"] == self.plate:
+        if site_is_subsample(msg) and self._name == self.plate:
             size = msg["fn"].size
             self._drawn = None if len(msg["value"]) == size else msg["value"], size
-        latent = self._inside.get(msg["name"])
+        latent = self._inside.get(self._name)
         if latent is None or latent.name not in self._replaced:
             return
         self.values[latent.name] = msg["value"]
         assert self._chain is not None
         if latent.stop < self.latents.dim:
             self._chain.observe(coordinates(latent, msg["fn"], msg["value"]))
+
+    def _check_whole(self, name: str, msg: dict) -> None:
+        """Raises ValueError where elements of a row count differently, and q has one density for all of them."""
+        if not isinstance(self._chain, FlowChain):
+            return
+        counts = [c for c in (msg["mask"], getattr(msg["fn"], "_mask", None), msg["scale"]) if isinstance(c, Tensor)]
+        if any(c.dim() >= -d and c.shape[d] > 1 for c in counts for d in self._inside[name].inner):
+            raise ValueError(
+                f"{self.guide}: site {name!r} has a mask or scale for each element, and is in plates inside of plate "
+                f"{self.plate!r}; a flow has one density for all elements of a row. Try AmortizedMultivariateNormal, "
+                "which has one for each."
+            )
 
     def _factor(self, name: str, prior: Any) -> Any:
         latent = self._inside[name]

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["ExactDraws", "SetSubsample", "SetValues", "StopAfter", "unobserved"]
+__all__ = ["ExactDraws", "OwnStop", "SetSubsample", "SetValues", "StopAfter", "unobserved"]
 
 
 def unobserved(model: Callable) -> Callable:
@@ -84,6 +84,13 @@ class StopAfter(Messenger):
         self._left.discard(msg["name"])
         if not self._left:
             raise self.Done
+
+
+class OwnStop(StopAfter):
+    """Whose end is its own: one around the whole function, that ends at the same site, is not taken for it."""
+
+    class Done(Exception):
+        pass
 
 
 class SetSubsample(Messenger):

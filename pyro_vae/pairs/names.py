@@ -50,7 +50,7 @@ def store_name(parts: Mapping[str, Any], part: str, current: str, name: str, *, 
     for candidate in chain([current, name], (f"{name}_{i}" for i in count(2))):
         keys = {f"{candidate}$$${n}": p for n, p in mine.items()}
         clashes = [key for key, p in keys.items() if key in store and store[key] is not p]
-        strange = [key for key in clashes if not hasattr(store[key], "_pyro_vae")]
+        strange = [key for key in clashes if getattr(store[key], "_pyro_vae", None) != id(store[key])]
         if strange:
             raise ValueError(
                 f"{what} {name!r}: Pyro's parameter store already holds {strange[0]!r}, which is not a weight of a "
@@ -60,5 +60,6 @@ def store_name(parts: Mapping[str, Any], part: str, current: str, name: str, *, 
         if not clashes:
             break
     for p in mine.values():
-        p._pyro_vae = True  # type: ignore[attr-defined]  # a mark, by which another one knows it
+        # a mark by which another one knows it; one that was read from a file or copied has the number of another
+        p._pyro_vae = id(p)  # type: ignore[attr-defined]
     return candidate

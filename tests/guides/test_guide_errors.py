@@ -1,12 +1,16 @@
 """What guides refuse: where, expected, got, try; and that a refusal leaves nothing behind."""
 
+from contextlib import ExitStack
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.autoname import scope
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
+from pyro_vae import importance_sampling
 from pyro_vae.guides import AmortizedFlow, AmortizedMultivariateNormal, AmortizedNormal
 from pyro_vae.networks import MLP
 
@@ -59,6 +63,13 @@ def bounded_by_a_discrete_one(x):
         pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
 
 
+def bounded_by_a_rare_one(x):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.Bernoulli(1e-4), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Uniform(0.0, 1.0 + y))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
 def masked_inside(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).mask(torch.arange(3) < 2).to_event(1))
@@ -75,6 +86,7 @@ def masked_inside(x):
         (without_locals, r"no continuous latent inside of plate 'data' \(latents: \['z'\]\). Try one of Pyro's"),
         (sometimes, r"latent sites \['more'\] appear in some runs of the model only.*Try poutine.mask"),
         (bounded_by_a_discrete_one, r"the support of site 'z' depends on \['y'\], which this guide does not draw"),
+        (bounded_by_a_rare_one, r"the support of site 'z' depends on \['y'\], which this guide does not draw"),
         (masked_inside, r"site 'z' has a mask under its reinterpreted dimensions.*Try .to_event"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -135,14 +147,64 @@ def test_inner_plates_of_another_size():
         guide(torch.zeros(3, 5))
 
 
-def test_a_flow_over_elements_that_are_masked_one_by_one():
-    def ragged(x, there):
-        with pyro.plate("data", len(x), dim=-1), pyro.plate("time", 4, dim=-2), pyro.poutine.mask(mask=there.T):
+@pytest.mark.parametrize("handler", ["mask", "scale"])
+def test_a_flow_over_elements_that_count_differently(handler):
+    """Also where a later call has the first mask or scale of its own."""
+
+    def ragged(x, counts=None):
+        handlers = [] if counts is None else [getattr(pyro.poutine, handler)(**{handler: counts.T})]
+        with ExitStack() as stack:
+            plates = pyro.plate("data", len(x), dim=-1), pyro.plate("time", 4, dim=-2)
+            for context in (*plates, *handlers):
+                stack.enter_context(context)
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
 
-    with pytest.raises(ValueError, match=r"sites \['z'\] are masked.*Try AmortizedMultivariateNormal"):
-        AmortizedFlow(ragged, MLP(4, [4]))(torch.zeros(3, 4), torch.eye(4).bool()[:3])
+    x, counts = torch.zeros(3, 4), torch.eye(4)[:3]
+    guide = AmortizedFlow(ragged, MLP(4, [4]))
+    guide(x)
+    with pytest.raises(ValueError, match=r"site 'z' has a mask or scale for each element.*AmortizedMultivariateNormal"):
+        guide(x, counts.bool() if handler == "mask" else 1 + counts)
+
+
+def test_weights_have_no_place_before_the_first_call():
+    x = torch.zeros(3, 1)
+    first, second = (AmortizedNormal(model, MLP(1, [4])) for _ in range(2))
+    first(x)
+    with pytest.raises(ValueError, match=r"it has no weights before its first call.*Try guide\(\*args\) once"):
+        second.load_state_dict(first.state_dict())
+    second(x)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.median(x)["z"], first.median(x)["z"])
+
+
+def test_weights_that_the_store_read_from_a_file_are_not_passed_over(tmp_path):
+    """They are under the guide's name, and would be trained in place of its own."""
+    x = torch.zeros(3, 1)
+    AmortizedNormal(model, MLP(1, [4]))(x)
+    pyro.get_param_store().save(tmp_path / "store.pt")
+    pyro.clear_param_store()
+    pyro.get_param_store().load(tmp_path / "store.pt")
+    with pytest.raises(ValueError, match=r"already holds 'AmortizedNormal\$\$\$.*load_state_dict to load weights"):
+        AmortizedNormal(model, MLP(1, [4]))(x)
+
+
+def test_names_in_a_scope():
+    def shared(x):
+        centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(centre, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    guide = AmortizedMultivariateNormal(shared, MLP(1, [4]), given=["centre"])
+    scoped = [scope(f, prefix="a") for f in (shared, guide)]
+    x = torch.zeros(3, 1)
+    guide(x)
+    losses = []
+    for pair in ((shared, guide), scoped):
+        torch.manual_seed(0)
+        losses.append(Trace_ELBO().loss(*pair, x))
+    assert losses[0] == losses[1]
 
 
 def test_latents_that_it_is_to_be_given():
@@ -203,3 +265,31 @@ def test_looking_changes_no_random_state():
     guide.quantiles([0.1, 0.9], x)
     guide.sample_posterior(x, num_samples=3, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_observed_outside_of_the_plate_is_a_constant():
+    """A factor for all data stops the guide's look before its latents, and not the guide's own walk."""
+
+    def with_factor(x):
+        model(x)
+        pyro.factor("all", torch.tensor(0.3))
+
+    x = torch.randn(8, 1)
+    guide = AmortizedNormal(with_factor, MLP(1, [4]))
+    with_it = importance_sampling(with_factor, guide, x, num_particles=200, seed=0, progress=False)
+    without = importance_sampling(model, guide, x, num_particles=200, seed=0, progress=False)
+    assert torch.equal(with_it.log_evidence, without.log_evidence)
+
+
+def test_a_support_that_is_a_parameter():
+    bound = nn.Parameter(torch.tensor(0.5))
+
+    def bounded(x):
+        b = pyro.param("bound", bound)
+        rows(x, lambda: pyro.sample("z", dist.Uniform(-b, b)))
+
+    guide = AmortizedNormal(bounded, MLP(1, [4]))
+    svi = SVI(bounded, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(torch.zeros(3, 1))
+    assert not guide.centre.requires_grad

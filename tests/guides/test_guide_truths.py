@@ -53,8 +53,8 @@ def test_full_covariance_across_sites_is_the_exact_posterior():
             pyro.sample("x", dist.Normal(mean, 0.7).to_event(1), obs=x)
 
     torch.manual_seed(1)
-    x = torch.randn(250, 2) @ torch.linalg.cholesky(prior).T @ weight.T + 0.7 * torch.randn(250, 4)
-    guide = trained(model, AmortizedMultivariateNormal(model, nn.Identity()), x, num_epochs=40, learning_rate=0.05)
+    x = torch.randn(400, 2) @ torch.linalg.cholesky(prior).T @ weight.T + 0.7 * torch.randn(400, 4)
+    guide = trained(model, AmortizedMultivariateNormal(model, nn.Identity()), x, num_epochs=50, learning_rate=0.05)
     q = guide.get_posterior(x)
     error = (q.mean - x @ weight @ covariance / 0.49) / covariance.diagonal().sqrt()
     assert error.abs().max() < 0.01
@@ -75,7 +75,7 @@ def test_a_simplex_against_the_dirichlet():
     counts = torch.stack([torch.bincount(row.multinomial(30, True), minlength=3) for row in p]).float()
     network = MLP(3, [32])
     guide = AmortizedFlow(model, network, inputs=lambda counts: (counts + 1).log())
-    trained(model, guide, counts[:500], num_epochs=20, learning_rate=0.02)
+    trained(model, guide, counts[:500], num_epochs=40, learning_rate=0.02)
     held_out = counts[500:]
     gap = dist.DirichletMultinomial(concentration, 30).log_prob(held_out).double() - elbo(model, guide, held_out)
     assert -0.01 < gap.mean() < 0.02, gap.mean()

@@ -129,7 +129,7 @@ def test_weights_in_the_store_that_are_nobodys_are_refused():
     pyro.get_param_store().set_state(state)  # as after loading a file
     for name in list(state["params"]):
         pyro.get_param_store()._params[name] = state["params"][name].detach().clone().requires_grad_()
-    with pytest.raises(ValueError, match=r"already holds 'vae\$\$\$.*Try VAE\(…, name=…\).*load_state_dict"):
+    with pytest.raises(ValueError, match=r"already holds 'vae\$\$\$.*Try another name=….*load_state_dict"):
         small_vae().guide(x)
     small_vae(name="other").guide(x)
 
