@@ -62,9 +62,9 @@ NEED_NO_DOOR = {
 } | {
     f"{guide}.{part}": "a part of a pair"
     for guide in ("AmortizedNormal", "AmortizedMultivariateNormal", "AmortizedFlow", "RefinedGuide")
-    for part in ("forward", "set_up", "register", "make_chain", "make_head", "chain_of", "family")
+    for part in ("forward", "set_up", "register", "make_chain", "make_head", "chain_of", "family", "load_state_dict")
     if (guide, part) != ("AmortizedFlow", "family")
-    and (guide != "RefinedGuide" or part in ("forward", "set_up", "register", "make_chain"))
+    and (guide != "RefinedGuide" or part in ("forward", "set_up", "register", "make_chain", "load_state_dict"))
 }
 
 
