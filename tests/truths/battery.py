@@ -155,7 +155,8 @@ class _Regression:
             trace = poutine.trace(poutine.uncondition(model)).get_trace(torch.zeros(20_000, *shape))
         value = {name: trace.nodes[name]["value"].reshape(20_000, -1) for name in [*names, "x"]}
         z, features = torch.cat([value[name] for name in names], -1), self.features(value["x"])
-        self.weight = torch.linalg.lstsq(features, z).solution
+        # of binary data some features are the same line; in float32 their least squares are left to rounding
+        self.weight = (torch.linalg.pinv(features.double(), rtol=1e-8) @ z.double()).float()
         self.scale = 1.2 * (z - features @ self.weight).std(0)
 
     @staticmethod
