@@ -13,9 +13,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.simulated import check_generates, observed_arguments, with_simulated
+from pyro_vae.pairs.simulated import with_simulated
 from pyro_vae.pairs.sites import sample_sites, site_mask
 from pyro_vae.particles.sampler import ParticleSampler
+from pyro_vae.particles.simulation import look_at_observed
 from pyro_vae.progress import progress_bar
 
 __all__ = ["Batch", "Draws", "Simulator"]
@@ -93,7 +94,8 @@ class Simulator:
         """z* ~ p(z), or the given values of it as traces have them, and x ~ p(x|z*) in the place of the data."""
         sampler, (rows, arguments) = self.sampler, self.cut(index)
         if self._keys is None:
-            self._keys = self._look(index)
+            with sampler.rows.using(*arguments):
+                self._keys = look_at_observed(sampler, *arguments, rows)[0]
         with sampler.rows.using(*arguments):
             drawn = sample_sites(sampler.run(poutine.uncondition(sampler.model), 1, rows, values=values))
         new = with_simulated(*arguments, self._keys, drawn)
@@ -109,19 +111,6 @@ class Simulator:
             return None, (rows.args, rows.kwargs)
         args = tuple(a[index] if i in rows.cut_keys else a for i, a in enumerate(rows.args))
         return slice(0, len(index)), (args, {n: a[index] if n in rows.cut_keys else a for n, a in rows.kwargs.items()})
-
-    def _look(self, index: Tensor | None) -> dict[str, list[int | str]]:
-        """The arguments that each site observes; refuses a pair whose data cannot be simulated."""
-        sampler, (rows, arguments) = self.sampler, self.cut(index)
-        with sampler.rows.using(*arguments):
-            sites = sample_sites(sampler.traces(1, rows, check=False)[1])
-            drawn = sample_sites(sampler.run(poutine.uncondition(sampler.model), 1, rows))
-        observed = {name: site for name, site in sites.items() if site["is_observed"]}
-        keys = observed_arguments(observed, drawn, *arguments)
-        values = {name: site["value"] for name, site in drawn.items() if name not in observed}
-        with sampler.rows.using(*with_simulated(*arguments, keys, drawn)):
-            check_generates(drawn, sample_sites(sampler.run(sampler.model, 1, rows, values=values)))
-        return keys
 
 
 def _mask(sampler: ParticleSampler, site: dict, rows: slice | None) -> Tensor | None:

@@ -74,6 +74,7 @@ class RefinedGuide(RowGuide):
 
     def make_chain(self, rows: PlateRows, given: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Chain:
         """The factors of q(u|x); raises ValueError for rows that are not its own."""
+        rows.check_order(self.name)
         index = self._rows.find(args, kwargs)
         loc, slope, scale_tril = self.loc, self.slope, self.scale_tril
         if index is not None:

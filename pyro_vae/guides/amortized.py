@@ -99,6 +99,8 @@ class Amortized(RowGuide):
         return latents
 
     def make_chain(self, rows: PlateRows, given: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Chain:
+        if self.inputs is first_tensor:
+            rows.check_order(self.name)
         features = features_of(self.network, self.inputs(*args, **kwargs), self.name, rows)
         if given is not None:
             given = (given - self.given_centre) / self.given_spread
@@ -138,9 +140,11 @@ class AmortizedNormal(_Gaussian):
         Kingma & Welling (2014), Auto-Encoding Variational Bayes.
 
     Latents inside of the plate may have any shape and any support that is the image of R^D (positive, bounded, simplex,
-    ordered, Cholesky factors), inner plates, and supports that depend on each other. Each call runs the model too, up
-    to its last latent. Discrete latents are left to enumeration. The guide may be used before training; the first call
-    makes its weights.
+    ordered, Cholesky factors), inner plates, and supports that depend on each other. Discrete latents are left to
+    enumeration. The guide may be used before training; the first call makes its weights.
+
+    Each call runs the model too, up to its last latent: what a model counts or averages there (BatchNorm in a prior)
+    moves twice in a step. Sites have the masks and scales of the model's, those of handlers around the model included.
 
     Args:
         model: a Pyro model, with the data points in a plate called `plate`.
@@ -151,7 +155,7 @@ class AmortizedNormal(_Gaussian):
             or a tuple of these; default: the first tensor among the arguments. Integers are read as numbers, unless
             the network embeds them.
         outside: guide of the latents outside of the plate: a class of `pyro.infer.autoguide`, an instance of one (or
-            any guide of these latents), or None, where they have a guide elsewhere, as in an `AutoGuideList`.
+            any guide of these latents), or None, where they have a guide elsewhere.
         given: names of latents outside of the plate that locals are conditioned on, q(z|x, θ).
         name: of the weights in Pyro's parameter store; default: that of the class.
 

@@ -9,6 +9,7 @@ It has no sites but the model's, each with a density at any value: q(u|x) is a c
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -97,7 +98,7 @@ class RowGuide(nn.Module):
         with Capture(latents.outside) as capture:
             if self.outside is not None:
                 self.outside(*args, **kwargs)
-        self._check_outside(capture.values)
+        _check_outside(self, capture.values)
         walk = Walk(
             *(latents, self.plate, capture.values, self.given),
             lambda rows, given: self.make_chain(rows, given, args, kwargs),
@@ -108,6 +109,13 @@ class RowGuide(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self, super())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowGuide:
+        """A copy of the guide for the same model, or for the model's copy if both are copied together."""
+        memo.setdefault(id(self.model), self.model)
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; the first call makes what is loaded into.
@@ -137,8 +145,9 @@ class RowGuide(nn.Module):
         latents, found = self.set_up(args, kwargs), []
 
         def make(rows: PlateRows, given: Tensor | None) -> Chain:
-            found.append(self.make_chain(rows, given, args, kwargs).joint([z.size for z in latents.inside]))
-            return self.make_chain(rows, given, args, kwargs)
+            chain = self.make_chain(rows, given, args, kwargs)
+            found.append(chain.joint([z.size for z in latents.inside]))
+            return chain
 
         with poutine.block(), torch.no_grad(), fork_random_state():
             values = self._medians_outside(args, kwargs)
@@ -176,15 +185,15 @@ class RowGuide(nn.Module):
             self.outside(*args, **kwargs)
         return capture.values
 
-    def _check_outside(self, values: dict[str, Tensor]) -> None:
-        latents = self.latents
-        missing = [name for name in latents.outside if name not in values]
-        if missing and self.outside is not None:
-            raise ValueError(
-                f"{self.name}: outside={type(self.outside).__name__} did not sample {missing}; expected all latents "
-                f"outside of plate {self.plate!r}: {list(latents.outside)}. Try outside=AutoNormal, or None for a "
-                "guide elsewhere."
-            )
+
+def _check_outside(guide: RowGuide, values: dict[str, Tensor]) -> None:
+    expected = guide.latents.outside
+    missing = [name for name in expected if name not in values]
+    if missing and guide.outside is not None:
+        raise ValueError(
+            f"{guide.name}: outside={type(guide.outside).__name__} did not sample {missing}; expected all latents "
+            f"outside of plate {guide.plate!r}: {list(expected)}. Try outside=AutoNormal, or None for a guide elsewhere."
+        )
 
 
 class Exposed:

@@ -11,11 +11,28 @@ __all__ = ["PlateRows", "features_of", "first_tensor"]
 
 
 class PlateRows(NamedTuple):
-    """The rows of the data plate in a call: their number, and which of how many where the plate drew them."""
+    """The rows of the data plate in a call.
+
+    Attributes:
+        size: their number.
+        full_size: of how many.
+        indices: which ones, where they are not all.
+        permuted: whether they are all, in an order that the plate was given.
+    """
 
     size: int
     full_size: int
     indices: Tensor | None
+    permuted: bool
+
+    def check_order(self, guide: str) -> None:
+        """Raises ValueError where arguments may be in the order of the plate, or in another."""
+        if self.permuted:
+            raise ValueError(
+                f"{guide}: the plate is given all {self.size} rows in an order of its own; expected to know whether "
+                "the arguments are in that order too. Try inputs=…, a function of the arguments that gives rows in the "
+                "order of the plate, such as inputs=lambda x, index: x[index]."
+            )
 
 
 def first_tensor(*args: Any, **kwargs: Any) -> Tensor:
@@ -61,6 +78,12 @@ def features_of(network: Callable, rows: Any, guide: str, plate: PlateRows | Non
     weight = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     if weight is not None:  # counts and masks are read as numbers
         rows = tuple(r.to(weight.dtype) if not r.is_floating_point() and not _embeds(network) else r for r in rows)
+        for r in rows:
+            if r.is_floating_point() and r.dtype != weight.dtype:
+                raise TypeError(
+                    f"{guide}: inputs: expected rows of {weight.dtype}, the dtype of the network, got {r.dtype}. Try "
+                    f"x.to({weight.dtype}), or network.double()."
+                )
     try:
         features = network(*rows)
     except RuntimeError as error:
@@ -83,9 +106,6 @@ def _embeds(network: Any) -> bool:
 
 
 def _expects(network: Any) -> str:
-    first = (
-        next((m for m in network.modules() if isinstance(m, nn.Linear)), None)
-        if isinstance(network, nn.Module)
-        else None
-    )
+    modules = network.modules() if isinstance(network, nn.Module) else ()
+    first = next((m for m in modules if isinstance(m, nn.Linear)), None)
     return "" if first is None else f" (its first layer takes a width of {first.in_features})"

@@ -87,7 +87,6 @@ class Latents:
         inside: the plate, in the order of the model.
         outside: names of continuous latents outside of it.
         left_out: names of discrete latents that are summed out.
-        nesting: dimensions that the plates of the model take.
         centre, spread: of each coordinate of u under the prior, (D,).
         given_centre, given_spread: the same of the latents outside that q is conditioned on, (G,).
     """
@@ -95,7 +94,6 @@ class Latents:
     inside: tuple[Latent, ...]
     outside: tuple[str, ...]
     left_out: tuple[str, ...]
-    nesting: int
     centre: Tensor
     spread: Tensor
     given_centre: Tensor
@@ -104,6 +102,11 @@ class Latents:
     @property
     def dim(self) -> int:
         return self.inside[-1].stop
+
+    @property
+    def nesting(self) -> int:
+        """Dimensions that the plates of the model take."""
+        return self.inside[0].nesting
 
 
 def coordinates_outside(name: str, fn: Any, value: Tensor, nesting: int) -> Tensor:

@@ -19,7 +19,7 @@ from pyro_vae.pairs.checks import check_plate
 from pyro_vae.pairs.handlers import StopAfter
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.modes import fork_random_state
-from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites
+from pyro_vae.pairs.sites import base_distribution, enumerates, is_inside, plate_frames, sample_sites
 from pyro_vae.pairs.supports import bijection, support_of
 
 __all__ = ["find_latents"]
@@ -63,11 +63,12 @@ def find_latents(
             latents that come and go; a mask under reinterpreted dimensions.
     """
     with fork_random_state():
-        run = _Run(model, args, kwargs)
+        run = _Run(model, args, kwargs, guide)
         first, *others = looks = [run() for _ in range(LOOKS)]
         check_plate(first, plate)
         sites = _latent_sites(first)
         _check_same(sites, [_latent_sites(other) for other in others], guide)
+        _check_indices(looks, plate, guide)
         left_out = tuple(name for name, site in sites.items() if enumerates(site))
         continuous = {name: site for name, site in sites.items() if name not in left_out}
         _check_continuous(continuous, guide)
@@ -84,7 +85,6 @@ def find_latents(
         tuple(inside),
         around,
         left_out,
-        inside[0].nesting,
         *_units([torch.cat([z.to_rows(_unconstrained(z, d)) for z in inside], -1) for d in draws]),
         *_units([_of_given(given, d, inside[0].nesting) for d in draws]),
     )
@@ -93,13 +93,19 @@ def find_latents(
 class _Run:
     """Runs of the model, each with draws of its own."""
 
-    def __init__(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs
+    def __init__(self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: str) -> None:
+        self.model, self.args, self.kwargs, self.guide = model, args, kwargs, guide
 
     def __call__(self, *, stop: list[str] | None = None, values: Mapping[str, Tensor] | None = None) -> Look:
         model = self.model if stop is None else _stopped(self.model, stop)
         torch.manual_seed(int(torch.randint(2**31, ())))  # a look puts the states of generators back
-        return look(model, nothing, self.args, self.kwargs, values=values)
+        try:
+            return look(model, nothing, self.args, self.kwargs, values=values)
+        except NotImplementedError as error:  # such as an ImproperUniform
+            raise ValueError(
+                f"{self.guide}: the model cannot be drawn from: {error}. Expected priors with draws, which say where "
+                "latents lie. Try proper priors, or one of Pyro's autoguides."
+            ) from error
 
 
 def _latent_sites(found: Look) -> dict[str, dict]:
@@ -115,8 +121,25 @@ def _check_same(sites: Mapping[str, dict], others: list[dict[str, dict]], guide:
         )
 
 
+def _check_indices(looks: list[Look], plate: str, guide: str) -> None:
+    """Raises ValueError for a model that gives its plate other indices in each run: the guide's run has others too."""
+    fn = looks[0].model.nodes[plate]["fn"] if plate in looks[0].model.nodes else None
+    drawn = [found.subsamples()[plate] for found in looks if plate in found.subsamples()]
+    if fn is None or fn.subsample_size not in (None, fn.size) or all(torch.equal(drawn[0], d) for d in drawn[1:]):
+        return
+    raise ValueError(
+        f"{guide}: the model gives plate {plate!r} indices that it draws itself; expected the plate to draw them, so "
+        "that model and guide have the same. Try pyro.plate(…, subsample_size=…), or indices as an argument."
+    )
+
+
 def _check_continuous(sites: Mapping[str, dict], guide: str) -> None:
     for name, site in sites.items():
+        if isinstance(base_distribution(site["fn"]), dist.Delta):
+            raise ValueError(
+                f"{guide}: site {name!r} is a point (Delta), which has no density; expected continuous latents. Try "
+                f"pyro.deterministic({name!r}, …) in the model."
+            )
         base = site["fn"].base_dist if isinstance(site["fn"], dist.MaskedDistribution) else site["fn"]
         while hasattr(base, "base_dist"):
             base = base.base_dist

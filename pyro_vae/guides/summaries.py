@@ -46,6 +46,7 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
         )
     sampler, found = _sampler(guide, args, kwargs), {}
     with torch.no_grad(), evaluation_mode(guide), torch.random.fork_rng():
+        torch.manual_seed(0)  # the same guide has the same quantiles
         sites = sample_sites(sampler.run(guide, 8))
         q = None if guide.given else guide.get_posterior(*args, **kwargs)
         if isinstance(q, (dist.Independent, MultivariateNormal)):
@@ -53,7 +54,7 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
             for latent in guide.latents.inside:
                 if _is_fixed(latent, sites[latent.name]["fn"]):
                     value = _value(latent, sites[latent.name]["fn"], u[..., latent.start : latent.stop])
-                    value = value.sort(0).values if level.diff().gt(0).all() else value  # a bijection may fall
+                    value = value.sort(0).values[level.argsort().argsort()]  # a bijection may fall
                     found[latent.name] = sampler.layout.align({**sites[latent.name], "value": value})
         if guide.outside is not None and hasattr(guide.outside, "quantiles"):
             of_outside = guide.outside.quantiles([float(x) for x in levels], *args, **kwargs)

@@ -74,7 +74,8 @@ class Walk(Messenger):
         self._inside = {latent.name: latent for latent in latents.inside}
         self._replaced: set[str] = set()
         self._coordinates: dict[str, Tensor] = {}
-        self._drawn: tuple[Tensor | None, int] = None, 0
+        self._plate_rows: PlateRows | None = None
+        self._is_given = self._in_network = False
         self._chain: Chain | None = None
         self._name = ""
 
@@ -97,6 +98,8 @@ class Walk(Messenger):
 
     def _hides(self, site: dict) -> bool:
         name = site["name"]
+        if site["type"] == "param":
+            return not self._in_network
         if site_is_subsample(site):  # recorded once, and only where rows were drawn
             return name in self.outside or site["fn"].subsample_size in (None, site["fn"].size)
         return name not in self._inside
@@ -104,7 +107,13 @@ class Walk(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         name, fn = msg["name"], msg["fn"]
         self._name = name  # a handler outside, such as poutine.scope, may give it another
+        if self._in_network:
+            raise ValueError(
+                f"{self.guide}: network: it samples {name!r}; expected features that are a function of the rows. Try a "
+                "network of fixed or trained weights, or a guide of your own."
+            )
         if site_is_subsample(msg):
+            self._is_given = msg["value"] is not None
             if name in self.outside:
                 msg["value"] = self.outside[name]
         elif msg["is_observed"]:
@@ -131,8 +140,7 @@ class Walk(Messenger):
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if site_is_subsample(msg) and self._name == self.plate:
-            size = msg["fn"].size
-            self._drawn = None if len(msg["value"]) == size else msg["value"], size
+            self._plate_rows = _plate_rows(torch.as_tensor(msg["value"]), msg["fn"].size, self._is_given)
         latent = self._inside.get(self._name)
         if latent is None or latent.name not in self._replaced:
             return
@@ -167,8 +175,10 @@ class Walk(Messenger):
             if parts:
                 batch = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
                 given = torch.cat([p.expand(*batch, -1) for p in parts], -1)
-            size, (indices, full_size) = prior.batch_shape[latent.dim], self._drawn
-            self._chain = self.make_chain(PlateRows(size, full_size, indices), given)
+            size = prior.batch_shape[latent.dim]
+            self._in_network = True
+            self._chain = self.make_chain(self._plate_rows or PlateRows(size, size, None, False), given)
+            self._in_network = False
         sizes = tuple(prior.batch_shape[d] if -d <= len(prior.batch_shape) else 1 for d in latent.inner)
         if sizes != latent.sizes:
             raise ValueError(
@@ -176,3 +186,10 @@ class Walk(Messenger):
                 "Expected the same for all data. Try to pad rows of different length, and poutine.mask."
             )
         return site_distribution(latent, prior, self._chain.next(latent.start, latent.stop))
+
+
+def _plate_rows(indices: Tensor, full_size: int, is_given: bool) -> PlateRows:
+    if len(indices) < full_size:
+        return PlateRows(len(indices), full_size, indices, False)
+    permuted = is_given and not torch.equal(indices, torch.arange(full_size, device=indices.device))
+    return PlateRows(full_size, full_size, None, permuted)

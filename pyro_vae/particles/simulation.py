@@ -17,7 +17,7 @@ from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
 
-__all__ = ["Simulation", "simulate"]
+__all__ = ["Simulation", "look_at_observed", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,29 @@ def simulate(
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     with torch.no_grad(), evaluation_mode(model, guide):
-        observed = {n: s for n, s in sample_sites(sampler.traces(1)[1]).items() if s["is_observed"]}
-        drawn = sample_sites(sampler.run(poutine.uncondition(model), 1))
+        keys, drawn = look_at_observed(sampler, args, kwargs)
     latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.pair.latents}
+    return Simulation(*with_simulated(args, kwargs, keys, drawn), latents)
+
+
+def look_at_observed(
+    sampler: ParticleSampler, args: tuple, kwargs: dict[str, Any], rows: slice | None = None
+) -> tuple[dict[str, list[int | str]], dict[str, dict]]:
+    """The arguments that each site observes, and the sites of a draw from the model.
+
+    Args:
+        sampler: of the pair, which runs on these arguments.
+        args: of the model.
+        kwargs: of the model.
+        rows: of the sampler.
+
+    Raises:
+        ValueError: as `simulate`.
+    """
+    observed = {n: s for n, s in sample_sites(sampler.traces(1, rows)[1]).items() if s["is_observed"]}
+    drawn = sample_sites(sampler.run(poutine.uncondition(sampler.model), 1, rows))
     keys = observed_arguments(observed, drawn, args, kwargs)
-    new = with_simulated(args, kwargs, keys, drawn)
-    values = {name: site["value"] for name, site in drawn.items() if not site["infer"].get("was_observed")}
-    with torch.no_grad(), evaluation_mode(model, guide), sampler.rows.using(*new):
-        check_generates(drawn, sample_sites(sampler.run(model, 1, values=values)))
-    return Simulation(*new, latents)
+    values = {name: site["value"] for name, site in drawn.items() if name not in observed}
+    with sampler.rows.using(*with_simulated(args, kwargs, keys, drawn)):
+        check_generates(drawn, sample_sites(sampler.run(sampler.model, 1, rows, values=values)))
+    return keys, drawn

@@ -7,10 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.contrib.autoname import scope
-from pyro.infer import SVI, Trace_ELBO
+from pyro.distributions import constraints
+from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyro_vae import importance_sampling
 from pyro_vae.guides import AmortizedFlow, AmortizedMultivariateNormal, AmortizedNormal
 from pyro_vae.networks import MLP
 
@@ -26,6 +27,26 @@ def rows(x, sample):
 
 def model(x):
     rows(x, lambda: pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+
+def shared(x):
+    centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+    rows(x, lambda: pyro.sample("z", dist.Normal(centre, 1.0)))
+
+
+def point(x):
+    rows(x, lambda: pyro.sample("z", dist.Delta(torch.tensor(1.0))))
+
+
+def improper(x):
+    rows(x, lambda: pyro.sample("z", dist.ImproperUniform(constraints.real, (), ())))
+
+
+def own_indices(x):
+    index = torch.randperm(len(x))[:2]
+    with pyro.plate("data", len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[index, 0])
 
 
 def discrete(x):
@@ -81,6 +102,9 @@ def masked_inside(x):
     ("which", "message"),
     [
         (discrete, r"site 'z' is discrete \(Poisson\); expected continuous latents.*config_enumerate"),
+        (point, r"site 'z' is a point \(Delta\), which has no density.*Try pyro.deterministic\('z'"),
+        (improper, r"the model cannot be drawn from: ImproperUniform does not support sampling.*Try proper priors"),
+        (own_indices, r"gives plate 'data' indices that it draws itself.*Try pyro.plate\(…, subsample_size"),
         (sphere, r"site 'z': ProjectedNormal cannot be mapped.*ProjectedNormalReparam"),
         (loop, r"plate 'data' is a Python loop.*Try pyro.plate"),
         (without_locals, r"no continuous latent inside of plate 'data' \(latents: \['z'\]\). Try one of Pyro's"),
@@ -190,12 +214,6 @@ def test_weights_that_the_store_read_from_a_file_are_not_passed_over(tmp_path):
 
 
 def test_names_in_a_scope():
-    def shared(x):
-        centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(centre, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
     guide = AmortizedMultivariateNormal(shared, MLP(1, [4]), given=["centre"])
     scoped = [scope(f, prefix="a") for f in (shared, guide)]
     x = torch.zeros(3, 1)
@@ -213,12 +231,6 @@ def test_latents_that_it_is_to_be_given():
 
 
 def test_an_outside_guide_that_lacks_a_latent():
-    def shared(x):
-        centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(centre, 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
-
     guide = AmortizedNormal(shared, MLP(1, [4]), outside=lambda x: None)
     with pytest.raises(ValueError, match=r"outside=function did not sample \['centre'\]; expected all latents outside"):
         guide(torch.zeros(3, 1))
@@ -236,60 +248,31 @@ def test_what_cannot_be_called():
         guide.quantiles([0.5, 1.5], torch.zeros(3, 1))
 
 
-def test_two_guides_do_not_meet_in_the_parameter_store():
-    """Each trains its own weights, under a name of its own; a name that another's weight has is refused."""
-    x = torch.zeros(3, 1)
-    first, second = (AmortizedNormal(model, MLP(1, [4])) for _ in range(2))
-    for guide in (first, second):
-        before = None
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
-        guide(x)
-        before = [p.clone() for p in guide.head.parameters()]
-        svi.step(x)
-        assert all(not torch.equal(p, b) for p, b in zip(guide.head.parameters(), before, strict=True))
-    names = {name.partition("$$$")[0] for name in pyro.get_param_store().keys()}  # noqa: SIM118
-    assert names == {"AmortizedNormal", "AmortizedNormal_2"}
-    pyro.clear_param_store()
-    pyro.param("mine$$$head.head.weight", torch.zeros(1))
-    with pytest.raises(ValueError, match=r"guide 'mine': Pyro's parameter store already holds .*Try another name"):
-        AmortizedNormal(model, MLP(1, [4]), name="mine")(x)
+def test_all_rows_in_an_order_of_the_plate():
+    """Whether arguments are in this order nobody can tell; with `inputs` they are."""
+
+    def picks(x, index):
+        with pyro.plate("data", len(x), subsample=index) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[i, 0])
+
+    x, order = torch.randn(6, 1), torch.tensor([3, 1, 5, 0, 2, 4])
+    guide = AmortizedNormal(picks, MLP(1, [4]))
+    first = guide.get_posterior(x, torch.arange(6)).mean
+    assert torch.equal(guide.get_posterior(x, order[:4]).mean, first[order[:4]])
+    with pytest.raises(ValueError, match=r"given all 6 rows in an order of its own.*Try inputs="):
+        guide(x, order)
+    guide.inputs = lambda x, index: x[index]
+    assert torch.equal(guide.get_posterior(x, order).mean, first[order])
 
 
-def test_looking_changes_no_random_state():
-    x = torch.zeros(3, 1)
-    guide = AmortizedFlow(model, MLP(1, [4]))
-    guide(x)
-    state = torch.get_rng_state()
-    guide.get_posterior(x)
-    guide.median(x)
-    guide.quantiles([0.1, 0.9], x)
-    guide.sample_posterior(x, num_samples=3, seed=0)
-    assert torch.equal(torch.get_rng_state(), state)
+def test_rows_of_another_dtype():
+    with pytest.raises(TypeError, match=r"expected rows of torch.float32, the dtype of the network, got torch.float64"):
+        AmortizedNormal(model, MLP(1, [4]))(torch.zeros(3, 1, dtype=torch.float64))
 
 
-def test_what_is_observed_outside_of_the_plate_is_a_constant():
-    """A factor for all data stops the guide's look before its latents, and not the guide's own walk."""
-
-    def with_factor(x):
-        model(x)
-        pyro.factor("all", torch.tensor(0.3))
-
-    x = torch.randn(8, 1)
-    guide = AmortizedNormal(with_factor, MLP(1, [4]))
-    with_it = importance_sampling(with_factor, guide, x, num_particles=200, seed=0, progress=False)
-    without = importance_sampling(model, guide, x, num_particles=200, seed=0, progress=False)
-    assert torch.equal(with_it.log_evidence, without.log_evidence)
-
-
-def test_a_support_that_is_a_parameter():
-    bound = nn.Parameter(torch.tensor(0.5))
-
-    def bounded(x):
-        b = pyro.param("bound", bound)
-        rows(x, lambda: pyro.sample("z", dist.Uniform(-b, b)))
-
-    guide = AmortizedNormal(bounded, MLP(1, [4]))
-    svi = SVI(bounded, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    for _ in range(3):
-        svi.step(torch.zeros(3, 1))
-    assert not guide.centre.requires_grad
+def test_a_network_that_samples():
+    linear = PyroModule[nn.Linear](1, 4)
+    linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([4, 1]).to_event(2))
+    with pytest.raises(ValueError, match=r"network: it samples 'weight'; expected features that are a function"):
+        AmortizedNormal(model, linear)(torch.zeros(3, 1))
