@@ -192,7 +192,8 @@ def _check_outside(guide: RowGuide, values: dict[str, Tensor]) -> None:
     if missing and guide.outside is not None:
         raise ValueError(
             f"{guide.name}: outside={type(guide.outside).__name__} did not sample {missing}; expected all latents "
-            f"outside of plate {guide.plate!r}: {list(expected)}. Try outside=AutoNormal, or None for a guide elsewhere."
+            f"outside of plate {guide.plate!r}: {list(expected)}. Try outside=AutoNormal, or None for a guide "
+            "elsewhere."
         )
 
 

@@ -80,6 +80,7 @@ def test_a_function_with_parameters_of_pyros_trains_as_a_network():
         return (x @ pyro.param("weight", torch.ones(1, 4))).tanh()
 
     guide = AmortizedNormal(model, network)
+    guide(torch.zeros(3, 1))  # a first call asks the network once more
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
     for _ in range(3):  # the head starts with weights of the mean alone
         svi.step(torch.randn(8, 1))
