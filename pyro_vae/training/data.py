@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import suppress
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae.pairs.checks import check_rows, check_support
+from pyro_vae.ranks import Ranks
+from pyro_vae.training.shared_loader import shared_loader
 
 __all__ = ["Batch", "Batches"]
 
@@ -25,7 +28,7 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> int:
-        return next(len(x) for x in (*self.args, *self.kwargs.values()) if _has_rows(x))
+        return next((len(x) for x in (*self.args, *self.kwargs.values()) if _has_rows(x)), 0)
 
 
 class Batches:
@@ -37,6 +40,7 @@ class Batches:
         batch_size: rows of a batch; the last one may be smaller.
         device: where the tensors go. Tensors move once; memory maps and DataLoaders batch by batch.
         name: the argument's name, for messages.
+        ranks: of whom each has a share of the rows of each batch.
 
     Attributes:
         in_order: whether the rows stay in their order. Set where there are parameters for each of them.
@@ -49,8 +53,16 @@ class Batches:
         [{'x': tensor([0., 1.])}, {'x': tensor([2.])}]
     """
 
-    def __init__(self, data: Any, batch_size: int, device: torch.device | None = None, name: str = "data") -> None:
+    def __init__(
+        self,
+        data: Any,
+        batch_size: int,
+        device: torch.device | None = None,
+        name: str = "data",
+        ranks: Ranks | None = None,
+    ) -> None:
         self.batch_size, self.device, self.name = batch_size, device, name
+        self.ranks = ranks or Ranks()
         self.in_order = False
         self._integers: dict[int | str, np.dtype] = {}  # of numpy columns
         self.loader = data if isinstance(data, DataLoader) else None
@@ -59,6 +71,7 @@ class Batches:
         self._largest = 0
         if self.loader is not None:
             self.num_rows = len(data.dataset) if hasattr(data.dataset, "__len__") else None
+            self.loader = shared_loader(data, self.ranks, name)
             return
         several = isinstance(data, (tuple, list, dict))
         items = data.items() if isinstance(data, dict) else enumerate(data if several else [data])
@@ -75,6 +88,11 @@ class Batches:
                 "and the same of guide, for what all rows share."
             )
         self.num_rows = sizes[0]
+        if min(batch_size, self.num_rows) < self.ranks.size:
+            raise ValueError(
+                f"{name}: expected at least one row of a batch for each of {self.ranks.size} ranks, got batches of "
+                f"{min(batch_size, self.num_rows)} rows. Try fewer ranks, or a larger batch_size."
+            )
         self.to(device)
 
     def _column(self, key: int | str, column: Any, several: bool) -> Tensor | np.ndarray:
@@ -112,7 +130,7 @@ class Batches:
         """Rows of most batches; only a last one has fewer."""
         if self.loader is not None:
             return self.loader.batch_size or self._largest
-        return min(self.batch_size, self.num_rows)
+        return len(self.ranks.share(torch.empty(min(self.batch_size, self.num_rows))))
 
     def to(self, device: torch.device | None) -> Batches:
         """Moves the data, or says where each batch is to go."""
@@ -126,7 +144,8 @@ class Batches:
             yield from self._loaded()
         else:
             for start in range(0, self.num_rows, self.batch_size):
-                yield self.at(torch.arange(start, min(start + self.batch_size, self.num_rows)))
+                rows = torch.arange(start, min(start + self.batch_size, self.num_rows))
+                yield self.at(self.ranks.share(rows))
 
     def shuffled(self) -> Iterator[Batch]:
         """Batches in random order, unless they keep their order (a DataLoader shuffles as it was told to)."""
@@ -136,8 +155,9 @@ class Batches:
             yield from self
         else:
             device = next((c.device for c in self.columns if isinstance(c, Tensor)), None)
-            for rows in torch.randperm(self.num_rows, device=device).split(self.batch_size):
-                yield self.at(rows)
+            order = self.ranks.from_first(torch.randperm(self.num_rows, device=device))
+            for rows in order.split(self.batch_size):
+                yield self.at(self.ranks.share(rows))
 
     def first(self) -> Batch:
         """The first batch.
@@ -168,6 +188,17 @@ class Batches:
                 f"{self.name}[{self.keys[0]!r}] has shape ({n},): {n} rows, each a number. Where the networks take "
                 f"vectors, try x.reshape({n}, 1), or x.reshape(1, {n}) if it is one row."
             )
+
+    def fingerprint(self) -> list[tuple]:
+        """Shape and dtype of each column, and a digest of some of its rows: what tells other data apart."""
+        rows = torch.linspace(0, (self.num_rows or 1) - 1, 5).long().tolist()
+        found = []
+        for key, column in zip(self.keys, self.columns, strict=True):
+            digest = sha256()
+            for row in rows:
+                digest.update(_tensor(column[row : row + 1]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            found.append((key, tuple(column.shape), str(column.dtype), digest.hexdigest()[:16]))
+        return found
 
     def check(self, incomplete: Container[int] = ()) -> None:
         """Raises ValueError for rows that are not finite.
@@ -200,6 +231,9 @@ class Batches:
 
     def _loaded(self) -> Iterator[Batch]:
         for found in self.loader:
+            if found is None and self.ranks.several:  # this rank has no row of the batch
+                yield Batch((), {}, None)
+                continue
             found = _moved(found, self.device)
             if isinstance(found, dict):
                 batch = Batch((), found, None)

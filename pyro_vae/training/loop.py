@@ -28,11 +28,13 @@ from pyro_vae.pairs.modes import evaluation_mode, owners
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.progress import progress_bar
+from pyro_vae.ranks import Ranks, ranks
 from pyro_vae.training.data import Batches
 from pyro_vae.training.diagnosis import check_data, look_at, try_out, warn_of_collapse, warn_of_objective
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.resume import FitState
+from pyro_vae.training.shared_loader import begin_epoch
 from pyro_vae.training.steps import Steps
 
 __all__ = ["FitResult", "fit"]
@@ -126,10 +128,16 @@ def fit(
         FitResult(5 epochs, 5 steps, last loss ...)
     """
     _check_arguments(num_epochs, batch_size, loss, clip_norm, patience, validation_data, compile)
+    group = ranks()
     with _seeded(seed):
-        batches = Batches(data, batch_size)
-        validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
-        pair, weights = _prepare(model, guide, plate, batches, validation, device)
+        batches = Batches(data, batch_size, ranks=group)
+        validation = None
+        if validation_data is not None:
+            validation = Batches(validation_data, batch_size, name="validation_data", ranks=group)
+        group.agree("fit", rows=batches.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        group.part_ways()
+        pair, weights = _prepare(model, guide, plate, batches, validation, group.device(device))
+        _agree(group, weights, batches)
         elbo, compiled = _objective(loss, compile, num_epochs * (batches.num_batches or 0))
         optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
         steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
@@ -146,11 +154,13 @@ def fit(
         state = FitState(weights, steps, schedule, patience, arguments)
         state.resume(checkpoint)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
-        with progress_bar(total, "", progress, unit="row", leave=True) as bar:
+        with progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar:
             bar.update(len(state.result.loss) * (batches.num_rows or 0))
             while len(state.result.loss) < num_epochs and not state.stalled:
                 bar.set_description(f"epoch {len(state.result.loss) + 1}/{num_epochs}")
+                begin_epoch(batches.loader, len(state.result.loss))
                 mean = _epoch(steps, batches, bar)
+                group.copy_first(weights.buffers)  # as of batch norm, which each rank has of its own rows
                 held_out = None if validation is None else _evaluate(pair, steps, elbo, validation)
                 state.end_epoch(mean, held_out)
                 note = "" if held_out is None else f", validation {held_out:.3f}"
@@ -212,9 +222,10 @@ def _epoch(steps: Steps, batches: Batches, bar: tqdm) -> float:
     steps.begin_epoch()
     total, rows = torch.zeros((), dtype=torch.float64, device=steps.weights.device), 0
     for batch in batches.shuffled():
-        total += steps(batch) * batch.size
-        rows += batch.size
-        bar.update(batch.size)
+        value, joint = steps(batch)
+        total += value * joint
+        rows += joint
+        bar.update(joint)
     steps.end_epoch()
     return total.item() / rows
 
@@ -228,12 +239,23 @@ def _evaluate(pair: Pair, steps: Steps, elbo: ELBO, batches: Batches) -> float:
         evaluation_mode(pair.model, pair.guide),
         pyro.validation_enabled(False),
     ):
-        torch.manual_seed(0)
+        torch.manual_seed(batches.ranks.rank)
         for batch in batches:
+            if not batch.size:
+                continue
             value = elbo.loss(pair.model, pair.guide, *batch.args, **batch.kwargs)
             total += float(value[0] if isinstance(value, tuple) else value) / steps.data_points(batch) * batch.size
             rows += batch.size
+    total, rows = map(sum, zip(*batches.ranks.gather((total, rows)), strict=True))
     return total / rows if math.isfinite(total) else math.inf  # infinity is never the lowest
+
+
+def _agree(group: Ranks, weights: Weights, batches: Batches) -> None:
+    """All ranks go on from the weights of the first. Raises ValueError if they have other parameters, or other data."""
+    if group.several:
+        shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in weights.named.items()]
+        group.agree("fit", parameters=shapes, data=batches.fingerprint())
+        group.copy_first(weights.state())
 
 
 def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:

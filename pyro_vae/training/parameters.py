@@ -40,9 +40,13 @@ class Weights:
                 p.data = p.data.to(device)
         return self.device
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        return [b for m in self.modules for b in m.buffers(recurse=False)]
+
     def state(self) -> list[Tensor]:
         """The tensors themselves, parameters first."""
-        return [*self.parameters, *(b for m in self.modules for b in m.buffers(recurse=False))]
+        return [*self.parameters, *self.buffers]
 
     def copy(self) -> list[Tensor]:
         """Copies of the tensors of `state`."""

@@ -25,6 +25,7 @@ from pyro_vae.pairs.pair import Pair
 from pyro_vae.training.agreed import Agreed
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.diagnosis import diagnosis
+from pyro_vae.training.joint import JointGradient
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.plates import full_size
 
@@ -70,6 +71,8 @@ class Steps:
         self._factors: dict[int, Tensor] = {}
         self._whole: WholeStep | None = None
         self._agreed = Agreed(weights, optimizer)
+        self._ranks = batches.ranks
+        self._joint = JointGradient(batches.ranks, weights.parameters)
         # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and weights.device.type == "cuda"
@@ -77,8 +80,8 @@ class Steps:
         self._finite = torch.zeros((), dtype=torch.long, device=weights.device)
         self._epoch: list[tuple[State, Batch]] = []
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """One step; returns the loss per data point, 0-dim, where the batch is.
+    def __call__(self, batch: Batch) -> tuple[Tensor, int]:
+        """One step; returns the loss per data point, 0-dim, where the batch is, and the rows of the joint batch.
 
         Raises:
             ValueError: a loss or gradient that is not finite, with its site and row; nothing is changed then.
@@ -93,10 +96,10 @@ class Steps:
             set_random_state(state)
             return self._step(batch, state, None)
 
-    def _step(self, batch: Batch, state: State, call: Call | None) -> Tensor:
-        if self._agreed.count is None and call is not None and call.plan is not None:
+    def _step(self, batch: Batch, state: State, call: Call | None) -> tuple[Tensor, int]:
+        if self._agreed.count is None and call is not None and call.plan is not None and not self._ranks.several:
             self._agreed.keep(self.count)  # before the first replay
-        size = self.data_points(batch)
+        size, rows = self.data_points(batch), batch.size
         whole = None if call is None else self._whole_step(batch, call)
         if whole is not None:
             value, norm = whole
@@ -106,7 +109,10 @@ class Steps:
             self.optimizer.zero_grad(set_to_none=True)
             # a first step looks for parameters as pyro.infer.SVI does
             with poutine.trace(param_only=True) if self.count == 0 else nullcontext() as seen:
-                value, norm = self._gradients(batch, call)
+                if self._ranks.several:
+                    value, norm, rows = self._joint(lambda: self._gradients(batch, call), batch.size)
+                else:
+                    value, norm = self._gradients(batch, call)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
             self._look(batch, state, value, norm, whole=False)
             if self.count == 0:
@@ -122,11 +128,12 @@ class Steps:
             if self._whole is not None:
                 self._whole.resume()
         self.count += 1
-        if call is not None and call.plan is not None and call.plan.audit.replays == call.plan.audit.agreed:
+        audited = call is not None and call.plan is not None and call.plan.audit.replays == call.plan.audit.agreed
+        if audited and not self._ranks.several:
             if self._whole is not None:
                 self._whole.settle()
             self._agreed.keep(self.count)
-        return value
+        return value, rows
 
     def go_on(self, count: int) -> None:
         """Continues after this many steps, with the objective as the last of them left it."""
@@ -137,6 +144,9 @@ class Steps:
     def begin_epoch(self) -> None:
         """Keeps the weights, to come back to if they stop being finite."""
         self._last_finite = self.weights.copy()
+        if self._ranks.several and self._agreed.count is None and self.compiled is not None:
+            # each rank has audits of its own: where one fails, all have to go back to the same step
+            self._agreed.keep(self.count)
 
     def end_epoch(self) -> None:
         """Brings the optimizer up to date, and reports what went wrong in steps that were not checked one by one."""
@@ -170,13 +180,13 @@ class Steps:
 
     def _find(self, batch: Batch) -> Call | None:
         """The batch as a call of the compiled objective. None if Pyro runs as it is, as it does in the first step."""
-        if self.compiled is None or self.count == 0:
+        if self.compiled is None or self.count == 0 or not batch.size:
             return None
         return self.compiled.find(self.pair.model, self.pair.guide, batch.args, batch.kwargs)
 
     def _whole_step(self, batch: Batch, call: Call) -> tuple[Tensor, Tensor] | None:
         """Loss and norm, where a recorded loss and a plain Adam make one graph, whose step this takes; else None."""
-        plan = call.plan
+        plan = None if self._ranks.several else call.plan  # the ranks' gradients come between
         if plan is None or self.compiled.backend != "inductor" or not (self._is_full(batch) and plan.pays):
             return None
         if self._whole is None or self._whole.graph is not plan.graph:
@@ -250,6 +260,12 @@ class Steps:
         if not self.weights.are_finite():
             self.weights.restore(self._last_finite)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng():
-            set_random_state(state)
-            raise ValueError(diagnosis(self.pair, batch, self.count, value, norm))
+        mine = not self._ranks.several or not self._joint.share_is_finite
+        message = None
+        if mine:
+            with torch.random.fork_rng():
+                set_random_state(state)
+                message = diagnosis(self.pair, batch, self.count, value, norm)
+        found = [(rank, text) for rank, text in enumerate(self._ranks.gather(message)) if text is not None]
+        rank, text = found[0] if found else (0, f"fit stopped before step {self.count}: the joint gradient overflows.")
+        raise ValueError(f"rank {rank}: {text}" if self._ranks.several else text)

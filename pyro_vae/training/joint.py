@@ -1,0 +1,106 @@
+r"""The gradient of a batch whose rows are shared out among ranks.
+
+With g_r the gradient of the loss per data point on the n_r rows of rank r, that of the joint batch is
+
+    g = Σ_r n_r g_r / Σ_r n_r,
+
+where a plate scales up its rows to all data too: the mean over rows is scaled alike in each rank, and what is outside
+of the plate counts once in each g_r. So is the loss. All ranks get the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_vae.compiled.audit import Diverged
+from pyro_vae.ranks import Ranks
+
+__all__ = ["JointGradient"]
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that travel in one piece: the first is under way while others are packed
+
+
+class JointGradient:
+    """Puts the gradient of the joint batch in the place of the shares' gradients.
+
+    Args:
+        ranks: all of them call it for each batch.
+        parameters: the same in all ranks.
+
+    Attributes:
+        share_is_finite: whether loss and gradient of this rank's last share are.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: list[Tensor]) -> None:
+        self.ranks, self.share_is_finite = ranks, True
+        self.buckets = _buckets(parameters)
+        self.parameters = [p for bucket in self.buckets for p in bucket]
+
+    def __call__(self, own: Callable[[], tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor, int]:
+        """Joins the gradients of all ranks, as `.grad` of the parameters.
+
+        Args:
+            own: takes the gradient of the share, and returns loss per data point and norm.
+            rows: of the share; of none, nothing is taken.
+
+        Returns:
+            Loss per data point, norm and rows of the joint batch.
+
+        Raises:
+            Diverged: in all ranks, if in one of them.
+        """
+        value = norm = None
+        failed = None
+        if rows:
+            try:
+                value, norm = own()
+            except Diverged as error:
+                failed = error
+        self.share_is_finite = value is None or bool(torch.isfinite(value + norm))
+        joint, total, any_failed = self._join(value, rows, failed is not None)
+        if any_failed:
+            raise failed or Diverged("a recording of another rank gave another loss than plain Pyro")
+        return joint, torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), total
+
+    def _join(self, loss: Tensor | None, rows: int, failed: bool) -> tuple[Tensor, int, bool]:
+        """Loss and rows of the joint batch, and whether a rank failed; no gradient is changed then."""
+        device = self.parameters[0].device
+        present = [float(p.grad is not None and rows > 0) for p in self.parameters]
+        numbers = torch.tensor([rows, failed, 0.0, *present], dtype=torch.float64, device=device)
+        if loss is not None and not failed:
+            numbers[2] = rows * loss.double()
+        packed = [self._packed(bucket, 0 if failed else rows) for bucket in self.buckets]
+        self.ranks.sum([numbers, *packed])
+        total, any_failed, joint, *counts = numbers.tolist()
+        value = torch.tensor(joint / total if total else 0.0, dtype=torch.float64, device=device)
+        if not any_failed:
+            used = dict(zip(map(id, self.parameters), counts, strict=True))
+            for bucket, flat in zip(self.buckets, packed, strict=True):
+                parts = (flat / total).split([p.numel() for p in bucket])
+                for p, part in zip(bucket, parts, strict=True):  # what no rank's loss reaches has none
+                    p.grad = part.view_as(p) if used[id(p)] else None
+        return value, int(total), bool(any_failed)
+
+    @staticmethod
+    def _packed(bucket: list[Tensor], rows: int) -> Tensor:
+        """The gradients of a bucket times the rows they are of, in one piece."""
+        parts = [torch.zeros_like(p) if p.grad is None or not rows else p.grad for p in bucket]
+        return torch.cat([part.detach().reshape(-1) for part in parts]).mul_(rows)
+
+
+def _buckets(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters of one dtype and device together, up to so many bytes."""
+    buckets: list[list[Tensor]] = []
+    open_: dict[tuple, tuple[list[Tensor], int]] = {}
+    for p in parameters:
+        kind = (p.dtype, p.device)
+        bucket, size = open_.get(kind, ([], BUCKET_BYTES))
+        if size + p.nbytes > BUCKET_BYTES:
+            bucket, size = [], 0
+            buckets.append(bucket)
+        bucket.append(p)
+        open_[kind] = bucket, size + p.nbytes
+    return buckets

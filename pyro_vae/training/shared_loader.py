@@ -1,0 +1,75 @@
+"""A DataLoader of which each rank loads its share of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from pyro_vae.ranks import Ranks
+
+__all__ = ["begin_epoch", "shared_loader"]
+
+
+def shared_loader(loader: DataLoader, ranks: Ranks, name: str) -> DataLoader:
+    """The loader of this rank's share: the first rank draws which rows make a batch, and each loads its part of them.
+
+    One with a `DistributedSampler` shares out its rows itself, and stays as it is.
+
+    Raises:
+        ValueError: a loader whose rows nobody can share out.
+    """
+    if not ranks.several or isinstance(loader.sampler, DistributedSampler):
+        return loader
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        raise ValueError(
+            f"{name}: expected a DataLoader of a dataset with indices, in batches, whose rows {ranks.size} ranks can "
+            f"share, got a {type(loader).__name__} of a {type(loader.dataset).__name__}. Try a dataset with "
+            "__getitem__ and __len__, or a torch.utils.data.DistributedSampler."
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_Shares(loader.batch_sampler, ranks),
+        collate_fn=_UnlessEmpty(loader.collate_fn),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def begin_epoch(loader: DataLoader | None, epoch: int) -> None:
+    """Tells a `DistributedSampler` the epoch, without which it takes the same order in each."""
+    if loader is not None and isinstance(loader.sampler, DistributedSampler):
+        loader.sampler.set_epoch(epoch)
+
+
+class _Shares:
+    """A batch sampler: this rank's part of each batch of the first rank's sampler."""
+
+    def __init__(self, sampler: Iterable[list[int]], ranks: Ranks) -> None:
+        self.sampler, self.ranks = sampler, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.ranks.from_first(list(self.sampler) if self.ranks.is_first else None):
+            places = self.ranks.share(torch.arange(len(batch)))
+            yield [batch[i] for i in places.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+class _UnlessEmpty:
+    """A collate function that makes None of no rows: a share of a last batch may have none."""
+
+    def __init__(self, collate: Callable) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self.collate(rows) if rows else None
