@@ -85,7 +85,7 @@ def _with_reason(function: F) -> F:
                 "ranks."
             ) from error
 
-    return together
+    return together  # type: ignore[return-value]
 
 
 class Ranks:

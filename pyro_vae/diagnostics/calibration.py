@@ -30,6 +30,7 @@ from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
+from pyro_vae.ranks import Ranks, ranks
 
 __all__ = ["METHODS", "Tally", "simulation_based_calibration"]
 
@@ -112,13 +113,17 @@ def simulation_based_calibration(
         rows = slice(0, sampler.num_points) if batch.rows is None else batch.rows
         return resampled(sampler, rows, method, num_draws, num_particles)[0]
 
-    tally = Tally(num_draws)
+    tally, group = Tally(num_draws), ranks()
+    group.agree("simulation_based_calibration", num_simulations=num_simulations, num_draws=num_draws)
+    group.part_ways()
+    own = group.share(torch.arange(num_simulations)).numel()
     with torch.no_grad(), evaluation_mode(model, guide):
         simulator = Simulator(sampler, "simulation_based_calibration")
         together = num_draws + 1 if method == "guide" else max(num_particles, num_draws + 1)
-        for batch, count in simulator.batches(num_simulations, together, progress):
+        for batch, count in simulator.batches(own, together, progress and group.is_first):
             draws = draws_of(batch)
             tally.add(batch, draws, log_likelihood(sampler, batch, draws), slice(count))
+    tally.gather(group)
     return tally.result("prior_sbc")
 
 
@@ -164,6 +169,10 @@ class Tally:
             means[name], sds[name] = (found.masked_fill(missing, torch.nan) for found in (means[name], sds[name]))
         parts = (ranks, truths, means, sds)
         self._parts.append(tuple({name: v[keep] for name, v in part.items()} for part in parts))  # type: ignore[arg-type]
+
+    def gather(self, ranks: Ranks) -> None:
+        """Takes those of all ranks, in their order."""
+        self._parts = [part for parts in ranks.gather(self._parts) for part in parts]
 
     def result(self, group: str) -> Calibration:
         """All of them together."""

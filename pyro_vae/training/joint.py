@@ -31,11 +31,12 @@ class JointGradient:
         parameters: the same in all ranks.
 
     Attributes:
-        share_is_finite: whether loss and gradient of this rank's last share are.
+        share: what is finite if loss and gradient of this rank's last share are; None if it had no rows.
     """
 
     def __init__(self, ranks: Ranks, parameters: list[Tensor]) -> None:
-        self.ranks, self.share_is_finite = ranks, True
+        self.ranks = ranks
+        self.share: Tensor | None = None
         self.buckets = _buckets(parameters)
         self.parameters = [p for bucket in self.buckets for p in bucket]
 
@@ -59,7 +60,7 @@ class JointGradient:
                 value, norm = own()
             except Diverged as error:
                 failed = error
-        self.share_is_finite = value is None or bool(torch.isfinite(value + norm))
+        self.share = None if value is None else value + norm
         joint, total, any_failed = self._join(value, rows, failed is not None)
         if any_failed:
             raise failed or Diverged("a recording of another rank gave another loss than plain Pyro")

@@ -260,9 +260,8 @@ class Steps:
         if not self.weights.are_finite():
             self.weights.restore(self._last_finite)
         self.optimizer.zero_grad(set_to_none=True)
-        mine = not self._ranks.several or not self._joint.share_is_finite
-        message = None
-        if mine:
+        share, message = self._joint.share, None
+        if not self._ranks.several or (share is not None and not torch.isfinite(share)):
             with torch.random.fork_rng():
                 set_random_state(state)
                 message = diagnosis(self.pair, batch, self.count, value, norm)

@@ -1,0 +1,233 @@
+"""What `test_ranks.py` runs in two processes, and in one: `torchrun … rank_runs.py FOLDER NAME …`.
+
+Nothing is random but where it says so: draws come with the data, so that a share of the rows has a share of the draws,
+and two ranks have to end where one process does.
+"""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoDelta
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from pyro_vae import fit
+from pyro_vae.diagnostics import simulation_based_calibration
+from pyro_vae.ranks import alone, ranks
+
+N, D = 203, 5  # batches of 32: the last one has 11 rows
+
+
+class Given(dist.Normal):
+    """A Normal whose draws are made of given noise."""
+
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def rsample(self, sample_shape=()):
+        return self.loc + self.scale * self.noise
+
+    def expand(self, batch_shape, _instance=None):
+        return self
+
+
+class Autoencoder:
+    def __init__(self):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        with torch.random.fork_rng():
+            self.x, self.noise = torch.randn(N, D), torch.randn(N, 2)
+            self.held_out = torch.randn(61, D), torch.randn(61, 2)
+            self.encoder = torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+            self.decoder = torch.nn.Linear(2, D)
+
+    def model(self, x, noise):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(self, x, noise):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            h = self.encoder(x)
+            pyro.sample("z", Given(h[:, :2], h[:, 2:].exp(), noise).to_event(1))
+
+    @property
+    def weights(self):
+        return [p.detach().clone() for p in (*self.encoder.parameters(), *self.decoder.parameters())]
+
+    def fit(self, data=None, **options):
+        options = {"num_epochs": 30, "batch_size": 32, "learning_rate": 1e-2, "clip_norm": 1.0, "seed": 3} | options
+        data = (self.x, self.noise) if data is None else data
+        result = fit(self.model, self.guide, data, progress=False, **options)
+        return {**vars(result), "weights": self.weights}
+
+
+def plain():
+    """200 steps and more, clipped, with validation, stopped early."""
+    pair = Autoencoder()
+    return pair.fit(
+        num_epochs=150, learning_rate=3e-3, compile=False, validation_data=pair.held_out, patience=9, clip_norm=0.2
+    )
+
+
+def recorded():
+    pair = Autoencoder()
+    return pair.fit(num_epochs=150, learning_rate=3e-3, validation_data=pair.held_out, patience=9, clip_norm=0.2)
+
+
+def generated():
+    return Autoencoder().fit(num_epochs=3, compile=True)
+
+
+def ranks_of_their_own_weights():
+    """Each rank starts from others, and all go on from the first's."""
+    pair = Autoencoder()
+    with torch.no_grad():
+        pair.decoder.weight += ranks().rank
+    return pair.fit(num_epochs=2)
+
+
+def loader():
+    pair = Autoencoder()
+    rows = TensorDataset(pair.x[:97], pair.noise[:97])  # the last batch has one row: the second rank has none of it
+    return pair.fit(DataLoader(rows, 32, shuffle=True), num_epochs=5)
+
+
+def distributed_sampler():
+    pair = Autoencoder()
+    rows = TensorDataset(pair.x[:96], pair.noise[:96])
+    sampler = DistributedSampler(rows, ranks().size, ranks().rank, shuffle=True, seed=1)
+    return pair.fit(DataLoader(rows, 32 // ranks().size, sampler=sampler), num_epochs=2)
+
+
+def globals_of_all_rows():
+    """A latent outside of the plate, whose rows are scaled up to all: it counts once."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    x = torch.randn(N) + 3.0
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 0.1))
+        with pyro.plate("data", N, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    guide = AutoDelta(model)
+    result = fit(model, guide, x, num_epochs=60, batch_size=50, learning_rate=0.05, seed=0, progress=False)
+    return {"loss": result.loss, "weights": [p.detach().clone() for p in guide.parameters()]}
+
+
+def random_draws():
+    """What each rank draws first in a guide, and after the fit."""
+    pyro.clear_param_store()
+    torch.manual_seed(5)
+    seen = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        weight = pyro.param("weight", torch.zeros(()))
+        seen.append(torch.randn(2))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weight, 1.0))
+
+    fit(model, guide, torch.ones(8), num_epochs=3, seed=1, progress=False, compile=False)
+    return {"draws": seen[0], "next": torch.randn(2)}
+
+
+def not_finite():
+    """Row 150 overflows in one rank."""
+    pair = Autoencoder()
+    pair.noise[150] = 1e200
+    before = pair.weights
+    try:
+        pair.fit(num_epochs=2, batch_size=N)
+    except ValueError as error:
+        return str(error), all(map(torch.equal, before, pair.weights))
+
+
+def other_data():
+    pair = Autoencoder()
+    return _message(functools.partial(pair.fit, (pair.x + ranks().rank, pair.noise)))
+
+
+def other_calls():
+    pair = Autoencoder()
+    if ranks().is_first:
+        return _message(pair.fit)
+    return _message(functools.partial(simulation_based_calibration, pair.model, pair.guide, pair.x, pair.noise))
+
+
+def few_rows():
+    pair = Autoencoder()
+    return _message(functools.partial(pair.fit, (pair.x[:1], pair.noise[:1])))
+
+
+def one_alone():
+    """The second rank has gone on meanwhile."""
+    if ranks().is_first:
+        with alone():
+            return Autoencoder().fit(num_epochs=2)
+    return None
+
+
+def calibration():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+    pyro.set_rng_seed(ranks().rank)
+    found = simulation_based_calibration(model, guide, torch.zeros(50), num_simulations=401, progress=False)
+    return {"p": float(found.p_value), "ranks": found.ranks["z"]}
+
+
+def killed():
+    """The second rank dies in the third epoch."""
+    pair = Autoencoder()
+
+    def scheduler(optimizer):
+        def rate(epoch):
+            if epoch == 3 and ranks().rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return 1.0
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    return pair.fit(num_epochs=8, scheduler=scheduler)
+
+
+def _message(function):
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def main(folder, *names):
+    torch.set_default_dtype(torch.float64)
+    if ranks().several:
+        found = {name: globals()[name]() for name in names}
+        torch.save(found, Path(folder) / f"{ranks().rank}.pt")
+    if ranks().is_first:
+        with alone():
+            torch.save({name: globals()[name]() for name in names}, Path(folder) / "one.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The same script under torchrun: two ranks end where one process does."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+FILE = Path(__file__).with_name("rank_runs.py")
+RUNS = [
+    "plain",
+    "recorded",
+    "ranks_of_their_own_weights",
+    "loader",
+    "distributed_sampler",
+    "globals_of_all_rows",
+    "random_draws",
+    "not_finite",
+    "other_data",
+    "other_calls",
+    "few_rows",
+    "one_alone",
+    "calibration",
+]
+
+
+def run(folder, *names):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, FILE, folder, *names]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """{number of ranks: what each rank found}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    out = run(folder, *RUNS)
+    assert out.returncode == 0, out.stderr[-3000:]
+    files = {1: ["one"], 2: ["0", "1"]}
+    return {n: [torch.load(folder / f"{name}.pt", weights_only=False) for name in files[n]] for n in files}
+
+
+def largest_difference(first, second):
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "recorded", "ranks_of_their_own_weights", "loader", "distributed_sampler", "globals_of_all_rows"],
+)
+def test_two_ranks_end_where_one_process_does(found, name):
+    """To 1e-9 in double precision; and both ranks at the same bits."""
+    (one,), (first, second) = ([ranks[name] for ranks in found[n]] for n in (1, 2))
+    assert largest_difference(one["weights"], first["weights"]) < 1e-9
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert one["loss"] == pytest.approx(first["loss"], abs=1e-9)
+    assert first["loss"] == second["loss"]
+    if name in ("plain", "recorded"):
+        assert one["num_steps"] == first["num_steps"] > 200
+        assert len(one["loss"]) == one["best_epoch"] + 10 < 150  # stopped early, in the same epoch
+        assert one["best_epoch"] == first["best_epoch"] == second["best_epoch"]
+        assert one["validation_loss"] == pytest.approx(first["validation_loss"], abs=1e-9)
+
+
+def test_each_rank_draws_numbers_of_its_own(found):
+    """The first rank those of one process; outside of a fit with a seed nothing has moved."""
+    (one,), (first, second) = ([ranks["random_draws"] for ranks in found[n]] for n in (1, 2))
+    assert torch.equal(one["next"], first["next"])
+    assert torch.equal(one["next"], second["next"])
+    assert torch.equal(one["draws"], first["draws"])
+    assert not torch.equal(first["draws"], second["draws"])
+
+
+def test_all_ranks_stop_where_one_has_a_loss_that_is_not_finite(found):
+    (message, unchanged), (other, unchanged_too) = (rank["not_finite"] for rank in found[2])
+    assert message == other
+    assert "rank 1: fit stopped before step 0" in message or "rank 0: fit stopped before step 0" in message
+    assert "the first is row 150 of the data" in message
+    assert unchanged
+    assert unchanged_too
+
+
+def test_ranks_that_do_not_do_the_same_are_told(found):
+    for rank in found[2]:
+        assert rank["other_data"].startswith("fit: expected the same data in all 2 ranks, got [(0, (203, 5)")
+        assert "expected the same call in all 2 ranks, got fit, simulation_based_calibration" in rank["other_calls"]
+        assert rank["few_rows"].startswith("data: expected at least one row of a batch for each of 2 ranks, got")
+    assert found[1][0]["few_rows"] is None
+
+
+def test_one_alone_does_as_one_process(found):
+    (one,), (first, second) = ([ranks["one_alone"] for ranks in found[n]] for n in (1, 2))
+    assert second is None
+    assert all(map(torch.equal, one["weights"], first["weights"]))
+
+
+def test_simulations_are_shared_out(found):
+    first, second = (rank["calibration"] for rank in found[2])
+    assert first["p"] == second["p"] > 0.01
+    assert torch.equal(first["ranks"], second["ranks"])
+    assert len(first["ranks"]) == 401
+    assert not torch.equal(first["ranks"][:200], first["ranks"][-200:])
+
+
+def test_a_dead_rank_ends_the_run(tmp_path):
+    """Within a minute, where it took seconds to start."""
+    start = time.monotonic()
+    out = run(tmp_path, "killed")
+    assert out.returncode != 0
+    assert time.monotonic() - start < 60
+    assert not list(tmp_path.iterdir())
+    assert "Signal 9 (SIGKILL)" in out.stderr
