@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -53,7 +54,7 @@ def work(network: str, batch: int) -> dict:
     options = {"batch_size": batch, "num_epochs": EPOCHS, "compile": True, "seed": 0, "progress": False}
     fit(vae.model, vae.guide, x, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, end_of_epoch), **options)
     Ranks.sum = own
-    epochs, waiting = ([b - a for a, b in zip(t, t[1:], strict=False)][2:] for t in (ends, waits))
+    epochs, waiting = ([b - a for a, b in pairwise(t)][2:] for t in (ends, waits))
     sums = {}
     for size in SIZES if ranks().several else []:
         tensor, times = torch.zeros(size), []
