@@ -36,6 +36,7 @@ def test_fashion_mnist_or_the_digits(tmp_path):
 
 
 SCRIPTS = [
+    "amortized_groups",
     "autoencoder",
     "beta_vae",
     "calibration",
