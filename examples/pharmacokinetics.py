@@ -10,8 +10,8 @@ A large volume prolongs the curve, and so does a large share of the slow layer: 
 the other. A guide with independent coordinates (mean field) cannot say so; one with full covariance over all sites of a
 patient, two positive numbers and a simplex, can. Patients who were held out say what this is worth. What the network
 costs, `refine` takes away by a Gaussian for each patient, and nearly all draws count then. Its tails are lighter than
-those of a share near zero, which k-hat sees; adaptive importance sampling mixes it with the prior, and weights are
-bounded: trusted if k-hat is low, or if more than half of the draws count.
+the posterior's where a share is small, which k-hat sees; adaptive importance sampling mixes it with the prior, so that
+weights are bounded, and trusted if k-hat is low or more than half of the draws count.
 
     python examples/pharmacokinetics.py
 
