@@ -36,8 +36,10 @@ def test_fashion_mnist_or_the_digits(tmp_path):
 
 
 SCRIPTS = [
+    "amortized_groups",
     "autoencoder",
     "beta_vae",
+    "calibration",
     "cevae",
     "conditional_vae",
     "coupling",
@@ -56,6 +58,7 @@ SCRIPTS = [
     "linear_vae",
     "missing_data",
     "mixed_table",
+    "pharmacokinetics",
     "pipeline",
     "posterior_collapse",
     "prior_sampling",

@@ -70,8 +70,8 @@ def posterior_calibration(
         model: a Pyro model, as in `simulate`.
         guide: its guide, whose density is needed for z* ~ p(z|x) only.
         *args: what both are called with, with the data at hand.
-        num_simulations: S, as many for each row; rows whose draws z* are not to be trusted (`draw_posterior`) are left
-            out, with a warning, and S is less then.
+        num_simulations: S, as many for each row, or one for each of S rows at random where there are more; rows whose
+            draws z* are not to be trusted (`draw_posterior`) are left out, with a warning, and S is less then.
         num_draws: L: shares are given as ranks from 0 to L.
         num_particles: K draws of the guide given y, and as many particles for z* ~ p(z|x).
         plate: name of the plate of data points; None takes all data as one point, for guides that take other data sets.
@@ -106,6 +106,10 @@ def posterior_calibration(
     num_draws = check_num_particles(num_draws, "num_draws")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     simulator = Simulator(sampler, "posterior_calibration")
+    if sampler.rows.separable and num_simulations < sampler.num_points:  # z* is drawn for no more rows than simulated
+        args, kwargs = simulator.cut(torch.randperm(sampler.num_points)[:num_simulations])[1]
+        sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+        simulator = Simulator(sampler, "posterior_calibration")
     repeats = -(-num_simulations // sampler.num_points)
     options: dict[str, Any] = {"plate": plate, "method": method, "parallel": not sampler.serial, "progress": progress}
     found = draw_posterior(model, guide, *args, num_samples=repeats, num_particles=num_particles, **options, **kwargs)

@@ -86,12 +86,15 @@ def fit_locals(density: Locals, start: Arrow, *, num_steps: int = 8, diagonal: b
 
 def better_of(density: Locals, q: Arrow, start: Arrow) -> tuple[Arrow, Tensor]:
     """Of each row the one with the larger ELBO, by the same noise, and at which rows this is the first, (N,), bool."""
-    difference = torch.zeros((), dtype=torch.double, device=q.local_loc.device)
-    for count in split(COMPARED, max(density.counts)):
-        g, noise = q.draw_globals(count), normal(q.loc, count, *q.local_loc.shape)
+    # whitened pairs ±ε: small differences are of second order in the ELBO, and of first in the noise of free draws
+    noise, local_noise = (torch.cat([part, -part]) for part in _noise(q, COMPARED // 2))
+    g, difference = q.loc + noise @ q.scale_tril.mT, torch.zeros((), dtype=torch.double, device=q.loc.device)
+    size = max(density.counts)
+    for some_g, some_noise in zip(g.split(size), local_noise.split(size), strict=True):
         for sign, one in ((1, q), (-1, start)):
-            u = one.locals_at(noise, g)
-            difference = difference + sign * (density.log_joint(g, u) - one.log_prob_locals(u, g)).double().sum(0)
+            u = one.locals_at(some_noise, some_g)
+            value = density.log_joint(some_g, u) - one.log_prob_locals(u, some_g)
+            difference = difference + sign * value.double().sum(0)
     first = difference > 0  # not if NaN
     each = first[:, None, None]
     return replace(
@@ -134,11 +137,8 @@ def triangular(root: Tensor) -> Tensor:
 
 
 def _step(density: Locals, q: Arrow, start: Arrow, size: float, diagonal: bool) -> Arrow:
-    (num_points, dim), outside = q.local_loc.shape, len(q.loc)
-    half = max(FEWEST_DRAWS, outside + dim + SPARE_DRAWS)
-    noise = normal(q.loc, half, 1, outside).expand(-1, num_points, -1)
-    noise = _whitened(torch.cat([noise, normal(q.loc, half, num_points, dim)], -1))
-    noise, local_noise = noise[:, 0, :outside], noise[..., outside:]
+    noise, local_noise = _noise(q, FEWEST_DRAWS)
+    half = len(noise)
     shift = noise @ q.scale_tril.mT
     local_shift = times(q.slope, shift) + times(q.local_scale_tril, local_noise)
     g = torch.cat([q.loc + shift, q.loc - shift])
@@ -174,6 +174,15 @@ def _step(density: Locals, q: Arrow, start: Arrow, size: float, diagonal: bool) 
         slope=torch.where(each, q.slope + q.local_scale_tril @ turn @ torch.linalg.inv(q.scale_tril), start.slope),
         local_scale_tril=torch.where(each, q.local_scale_tril @ root, start.local_scale_tril),
     )
+
+
+def _noise(q: Arrow, fewest: int) -> tuple[Tensor, Tensor]:
+    """ε of the globals (K, Dg) and of the locals (K, N, D), with second moments I together, K at least `fewest`."""
+    (num_points, dim), outside = q.local_loc.shape, len(q.loc)
+    count = max(fewest, outside + dim + SPARE_DRAWS)
+    noise = normal(q.loc, count, 1, outside).expand(-1, num_points, -1)
+    noise = _whitened(torch.cat([noise, normal(q.loc, count, num_points, dim)], -1))
+    return noise[:, 0, :outside], noise[..., outside:]
 
 
 def _whitened(draws: Tensor) -> Tensor:
