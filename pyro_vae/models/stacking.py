@@ -60,6 +60,8 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
             path = Path(checkpoint)
             options["checkpoint"] = path.with_name(f"{path.stem}_{i}{path.suffix}")
         results.append(fit(layer.model, layer.guide, **rows, **options))
+        if results[-1].interrupted:
+            break
         if i < len(layers):
             rows = {name: _codes(layer, x) for name, x in rows.items()}
     return results

@@ -29,10 +29,12 @@ class Participants(NamedTuple):
     Attributes:
         parameters: {name: tensor}, each once, all that require a gradient.
         modules: those that were called, and the owners of model and guide.
+        frozen: {name: tensor}, the other parameters of these modules, and of Pyro's store where the pair uses them.
     """
 
     parameters: dict[str, Tensor]
     modules: list[nn.Module]
+    frozen: dict[str, Tensor]
 
 
 def participants(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Participants:
@@ -70,11 +72,18 @@ def participants(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[
     tensors = {id(t): t for t in (*own, *seen.parameters.values(), *reached) if t.requires_grad}
     if not tensors:
         raise ValueError("nothing to train: model and guide use no parameter that requires a gradient.")
-    parameters: dict[str, Tensor] = {}
+    every = [p for module in modules.values() for p in module.parameters()]
+    others = {id(t): t for t in (*every, *seen.parameters.values()) if id(t) not in tensors}
+    return Participants(_named(tensors, names), list(modules.values()), _named(others, names))
+
+
+def _named(tensors: dict[int, Tensor], names: dict[int, str]) -> dict[str, Tensor]:
+    """{name: tensor} of {id: tensor}."""
+    found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = names.get(key, f"a tensor of shape {tuple(tensor.shape)}")
-        parameters[name if name not in parameters else f"{name} ({len(parameters)})"] = tensor
-    return Participants(parameters, list(modules.values()))
+        found[name if name not in found else f"{name} ({len(found)})"] = tensor
+    return found
 
 
 def graph_leaves(*tensors: Tensor) -> list[Tensor]:

@@ -92,18 +92,23 @@ def fit(
         compile: whether steps are compiled (`CompiledELBO`): True, False, or "auto": Pyro as it is for less than 300
             steps, its operations recorded and replayed for less than 3000, beyond that through generated code, which
             takes seconds to make. A pair that cannot be compiled runs as it is, with a warning.
-        checkpoint: a file that everything needed to go on is written to, atomically: weights, optimizer, scheduler,
-            random state, losses, the best weights; after the first epoch, the last, and others at most every ten
-            seconds. Where the file exists, the run goes on from it, on the same random numbers: the same call, started
-            again, ends where an uninterrupted one would (to the rounding of compiled code). `num_epochs` may be larger
-            then, `validation_data` and `patience` may be new; a call whose rows, batch size, seed, learning rate,
-            scheduler or loss is another is refused, as far as their numbers and types tell.
+        checkpoint: a file that everything needed to go on is written to, whole or not at all: weights (of frozen
+            parameters too), optimizer, scheduler, random state (also of the generators of a DataLoader), losses, the
+            best weights; after the first epoch, the last, and others at most every ten seconds. Where the file exists,
+            it is looked at as a whole, and then the run goes on from it, on the same random numbers: the same call,
+            started again, ends where an uninterrupted one would (to the rounding of compiled code). `num_epochs` may be
+            larger then, `validation_data` and `patience` may be new; a call whose rows, batch size, seed, learning
+            rate, scheduler or loss is another is refused, as far as their numbers and types tell. A writing is tried
+            before training starts, and a second process that trains with the same file is refused. Random numbers of
+            NumPy and Python, and those of a DataLoader's persistent workers, are no part of the state.
         progress: show a progress bar, if on a terminal.
 
     Returns:
-        `FitResult`.
+        `FitResult`. Ctrl-C ends the training, with what there is: the weights as the last step left them (the best
+        ones, with `patience`), and a checkpoint of the last epoch. `FitResult.interrupted` is true then.
 
     Raises:
+        OSError: the checkpoint cannot be written (a full disk, no permission); an older one is as it was.
         ValueError: empty or unequal data, rows that are not finite or outside the support of their likelihood, two
             modules under one name in Pyro's parameter store, a device that is not there, a checkpoint of another fit, a
             loss that is not finite (the message names step, site and row; the last finite weights stay in place),
@@ -145,27 +150,30 @@ def fit(
         schedule = None if scheduler is None else scheduler(optim)
         arguments = {
             "rows": batches.num_rows,
-            "batch_size": batch_size if batches.loader is None else batches.loader.batch_size,
+            "batch_size": int(batch_size) if batches.loader is None else batches.loader.batch_size,
             "seed": None if seed is None else int(seed),
             "learning_rate": rates[0] if len(rates) == 1 else rates,
             "scheduler": None if schedule is None else type(schedule).__name__,
             "loss": type(elbo).__name__,
         }
-        state = FitState(weights, steps, schedule, patience, arguments)
-        state.resume(checkpoint)
+        loaders = {b.name: b.loader for b in (batches, validation) if b is not None and b.loader is not None}
+        state = FitState(weights, steps, schedule, patience, arguments, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
-        with progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar:
+        with state.kept_in(checkpoint), progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar:
             bar.update(len(state.result.loss) * (batches.num_rows or 0))
-            while len(state.result.loss) < num_epochs and not state.stalled:
-                bar.set_description(f"epoch {len(state.result.loss) + 1}/{num_epochs}")
-                begin_epoch(batches.loader, len(state.result.loss))
-                mean = _epoch(steps, batches, bar)
-                group.copy_first(weights.buffers)  # as of batch norm, which each rank has of its own rows
-                held_out = None if validation is None else _evaluate(pair, steps, elbo, validation)
-                state.end_epoch(mean, held_out)
-                note = "" if held_out is None else f", validation {held_out:.3f}"
-                bar.set_postfix_str(f"loss {mean:.3f}{note} nats/row")
-                state.write(checkpoint, last=len(state.result.loss) == num_epochs or state.stalled)
+            try:
+                while len(state.result.loss) < num_epochs and not state.stalled:
+                    bar.set_description(f"epoch {len(state.result.loss) + 1}/{num_epochs}")
+                    begin_epoch(batches.loader, len(state.result.loss))
+                    mean = _epoch(steps, batches, bar)
+                    group.copy_first(weights.buffers)  # as of batch norm, which each rank has of its own rows
+                    held_out = None if validation is None else _evaluate(pair, steps, elbo, validation)
+                    state.end_epoch(mean, held_out)
+                    note = "" if held_out is None else f", validation {held_out:.3f}"
+                    bar.set_postfix_str(f"loss {mean:.3f}{note} nats/row")
+                    state.write(last=len(state.result.loss) == num_epochs or state.stalled)
+            except KeyboardInterrupt:
+                state.interrupt()
         state.keep_best()
         optim.zero_grad(set_to_none=True)
         warn_of_objective(elbo)

@@ -1,4 +1,4 @@
-"""`Weights`: the parameters and buffers that a fit moves, keeps copies of and brings back."""
+"""`Weights`: the parameters and buffers that a fit moves, copies and brings back; also those that are frozen."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ class Weights:
     Args:
         parameters: {name: tensor}, all that require a gradient.
         modules: those that take part, whose buffers belong to the state too.
+        frozen: {name: tensor}, further ones, which stay as they are.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], modules: list[nn.Module]) -> None:
-        self.named, self.modules = parameters, modules
+    def __init__(
+        self, parameters: dict[str, Tensor], modules: list[nn.Module], frozen: dict[str, Tensor] | None = None
+    ) -> None:
+        self.named, self.modules, self.frozen = parameters, modules, frozen or {}
         self.parameters = list(parameters.values())
 
     @property
@@ -57,6 +60,31 @@ class Weights:
         with torch.no_grad():
             for t, saved in zip(self.state(), state, strict=True):
                 t.copy_(saved)
+
+    def named_state(self, *, moved: bool = False) -> dict[str, Tensor]:
+        """The tensors themselves by name: parameters, buffers and, unless only those that are `moved`, frozen ones.
+
+        Names are those in the modules, which a model that is built again has too; in Pyro's store it may have others.
+        """
+        own: dict[int, tuple[str, Tensor]] = {}
+        for module in self.modules:
+            for name, t in (*module.named_parameters(), *module.named_buffers()):
+                own.setdefault(id(t), (f"{type(module).__name__}.{name}", t))
+        trained = [(own.get(id(t), (name,))[0], t) for name, t in self.named.items()]
+        frozen = [(own.get(id(t), (name,))[0], t) for name, t in self.frozen.items()]
+        parameters = {id(t) for _, t in (*trained, *frozen)}
+        buffers = [found for key, found in own.items() if key not in parameters]
+        state: dict[str, Tensor] = {}
+        for name, t in (*trained, *buffers, *(() if moved else frozen)):
+            state[name if name not in state else f"{name} ({len(state)})"] = t
+        return state
+
+    def load(self, named: dict[str, Tensor]) -> None:
+        """Takes over values of `named_state`."""
+        state = self.named_state()
+        with torch.no_grad():
+            for name, saved in named.items():
+                state[name].copy_(saved)
 
     def are_finite(self) -> bool:
         return all(bool(torch.isfinite(t).all()) for t in self.state())

@@ -19,12 +19,14 @@ class FitResult:
         num_steps: optimizer steps taken.
         best_epoch: index of the lowest validation loss, whose weights were kept if `patience` was given (where it was
             added to a checkpoint, the lowest since then).
+        interrupted: whether Ctrl-C ended it: the weights have the steps of an epoch that is not in the losses.
     """
 
     loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     num_steps: int = 0
     best_epoch: int | None = None
+    interrupted: bool = False
 
     def __repr__(self) -> str:
         parts = [f"{len(self.loss)} epochs", f"{self.num_steps} steps"]
@@ -32,6 +34,8 @@ class FitResult:
             parts.append(f"last loss {self.loss[-1]:.3f}")
         if self.best_epoch is not None:
             parts.append(f"best validation loss {self.validation_loss[self.best_epoch]:.3f} at [{self.best_epoch}]")
+        if self.interrupted:
+            parts.append("interrupted")
         return f"FitResult({', '.join(parts)})"
 
     def add_epoch(self, loss: float, validation_loss: float | None, num_steps: int) -> bool:

@@ -1,17 +1,25 @@
-"""A fit's state, which it writes to a file and reads back: written whole or not at all."""
+"""A fit's state, which it writes to a file and goes on from: both as a whole or not at all."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from pyro_vae.checkpoint import read, write
+from pyro_vae.checkpoint.container import read, write
+from pyro_vae.checkpoint.held import hold
+from pyro_vae.checkpoint.plain import differences, listed, map_tensors
+from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import random_state, set_random_state
+from pyro_vae.training.loaders import LoaderStates, not_a_state
+from pyro_vae.training.optimizer_state import after_a_step, what_does_not_fit
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.steps import Steps
@@ -19,7 +27,7 @@ from pyro_vae.training.steps import Steps
 __all__ = ["FitState"]
 
 SECONDS_BETWEEN = 10.0  # writes, but for the first and the last one
-ENTRIES = {"weights", "best", "optimizer_type", "optimizer", "schedule", "steps", "losses", "random"}
+KEEPING = 0.05  # share of the time in which the state of the last epoch is copied, for an interrupt to write
 
 
 class FitState:
@@ -31,20 +39,30 @@ class FitState:
         schedule: of the learning rate, if there is one.
         patience: epochs without a lower validation loss, or None; with it the best weights are kept.
         arguments: of the fit, plain values by name, which have to be the same when it goes on.
+        loaders: by name, whose random generators belong to the state.
 
     Attributes:
         result: what the fit has found so far.
-        best: the weights of the best epoch, if they are kept.
+        best: the weights of the best epoch by name, if they are kept.
     """
 
     def __init__(
-        self, weights: Weights, steps: Steps, schedule: Any, patience: int | None, arguments: dict[str, Any]
+        self,
+        weights: Weights,
+        steps: Steps,
+        schedule: Any,
+        patience: int | None,
+        arguments: dict[str, Any],
+        loaders: dict[str, DataLoader] | None = None,
     ) -> None:
         self.weights, self.steps, self.schedule, self.patience = weights, steps, schedule, patience
-        self.arguments = arguments
+        self.arguments, self.loaders = arguments, LoaderStates(loaders or {})
         self.result = FitResult()
-        self.best: list[Tensor] | None = None
-        self._written = -math.inf
+        self.best: dict[str, Tensor] | None = None
+        self._path: str | Path | None = None
+        self._kept: dict[str, Any] | None = None  # of the last epoch, until it is written
+        self._kept_at = self._written_at = -math.inf
+        self._seconds = 0.0  # that keeping took
 
     @property
     def stalled(self) -> bool:
@@ -55,7 +73,7 @@ class FitState:
         """Takes an epoch's losses, keeps its weights if they are the best, and moves the learning rate."""
         lowest = self.result.add_epoch(loss, validation_loss, self.steps.count)
         if lowest and self.patience is not None:
-            self.best = self.weights.copy()
+            self.best = map_tensors(_copy, self.weights.named_state(moved=True))
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(loss if validation_loss is None else validation_loss)
         elif self.schedule is not None:
@@ -64,87 +82,182 @@ class FitState:
     def keep_best(self) -> None:
         """Brings back the weights of the best epoch, if they were kept."""
         if self.best is not None:
-            self.weights.restore(self.best)
+            self.weights.load(self.best)
 
     # -- file ---------------------------------------------------------------------------------------------------------
 
-    def resume(self, path: str | Path | None) -> None:
-        """Continues from the file, if it exists.
+    @contextmanager
+    def kept_in(self, path: str | Path | None) -> Iterator[None]:
+        """Holds the file, goes on from it if it exists, and makes sure that it can be written.
 
         Raises:
-            ValueError: the path is in no folder; the file is of another model, guide or optimizer, of a fit with other
-                arguments, or of something else altogether. Weights, losses and random state stay as they are then.
+            ValueError: the path is in no folder; another fit is writing the file; it is damaged, or of another model,
+                guide or optimizer, of a fit with other arguments, or of something else altogether. All is as it was.
+            TypeError: the state of the optimizer or scheduler cannot be written.
+            OSError: the system does not let the file be written.
         """
         if path is None:
+            yield
             return
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise ValueError(f"checkpoint: {path.parent} is no folder. Try to make it first.")
-        if path.exists():
-            refusal = (
-                f"checkpoint: {path} was not written by fit(checkpoint=…). Try another name, or delete it if it is an "
-                "incomplete file."
-            )
-            saved = read(path, refusal)
-            if not (isinstance(saved, dict) and saved.keys() >= ENTRIES):
-                raise ValueError(refusal)
-            self._check(saved, path)
-            self._load(saved, path)
+        with hold(path):
+            self._path = path
+            if Path(path).exists():
+                self._resume(Path(path))
+            self._try_out()
+            yield
 
-    def write(self, path: str | Path | None, *, last: bool = False) -> None:
+    def write(self, *, last: bool = False) -> None:
         """Writes the state after an epoch, at most every ten seconds but for the first and the last."""
-        if path is None or (not last and time.monotonic() - self._written < SECONDS_BETWEEN):
+        if self._path is None:
             return
-        optimizer = self.steps.optimizer
-        state = {
-            "weights": [t.detach().cpu() for t in self.weights.state()],
-            "best": None if self.best is None else [t.cpu() for t in self.best],
-            "optimizer_type": type(optimizer).__name__,
-            "optimizer": optimizer.state_dict(),
+        now = time.monotonic()
+        due = last or now - self._written_at >= SECONDS_BETWEEN
+        if due or now - self._kept_at >= self._seconds / KEEPING:
+            self._kept = map_tensors(_copy_to_cpu, self._entries())
+            self._kept_at = time.monotonic()
+            self._seconds = self._kept_at - now
+        if due:
+            self._write_kept()
+
+    def interrupt(self) -> None:
+        """Ends a fit that is not done: writes the last epoch that was kept."""
+        self.result.interrupted, self.result.num_steps = True, self.steps.count
+        self._write_kept()
+        file = "" if self._path is None else f" The same call goes on from the last epoch in {self._path}."
+        warn(
+            f"fit: interrupted after {len(self.result.loss)} epochs and {self.steps.count} steps. The weights are as "
+            f"the last step left them{'' if self.best is None else ', or the best ones, with patience'}.{file}"
+        )
+
+    def _write_kept(self) -> None:
+        if self._kept is not None:
+            write(self._kept, self._path, "fit")
+            self._kept, self._written_at = None, time.monotonic()
+
+    def _try_out(self) -> None:
+        """Writes as much as after an epoch, but not to the file itself."""
+        entries = self._entries()
+        if not entries["optimizer"]["state"]:
+            entries["optimizer"] = after_a_step(self.steps.optimizer) or entries["optimizer"]
+        try:
+            write(entries, self._path, "fit", trial=True)
+        except TypeError as error:
+            raise TypeError(f"checkpoint: {error}") from error
+
+    def _entries(self) -> dict[str, Any]:
+        """The state, with the tensors themselves."""
+        cpu, cuda = random_state()
+        losses = {name: value for name, value in vars(self.result).items() if name != "interrupted"}
+        return {
+            "weights": map_tensors(Tensor.detach, self.weights.named_state()),
+            "best": self.best,
+            "optimizer_type": type(self.steps.optimizer).__name__,
+            "optimizer": self.steps.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "steps": self.steps.count,
-            "losses": vars(self.result),
+            "losses": losses,
             "arguments": self.arguments,
-            "random": random_state(),
+            "random": {"cpu": cpu, "cuda": cuda},
+            "loaders": self.loaders.state(),
         }
-        write(state, path)
-        self._written = time.monotonic()
 
-    def _check(self, saved: dict[str, Any], path: Path) -> None:
-        optimizer = type(self.steps.optimizer).__name__
-        shapes = [[tuple(t.shape) for t in tensors] for tensors in (self.weights.state(), saved["weights"])]
-        if shapes[0] != shapes[1] or optimizer != saved["optimizer_type"]:
-            raise ValueError(
-                f"checkpoint: {path} is of another model, guide or optimizer: expected {len(shapes[0])} tensors "
-                f"{shapes[0][:4]}… and {optimizer}, got {len(shapes[1])} tensors {shapes[1][:4]}… "
-                f"and {saved['optimizer_type']}. Try another file, or delete this one."
-            )
-        was, now = saved.get("arguments", {}), self.arguments
-        differ = [name for name in now if name in was and was[name] != now[name]]
+    # -- going on -----------------------------------------------------------------------------------------------------
+
+    def _resume(self, path: Path) -> None:
+        try:
+            saved = read(path, "fit")
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {error}") from error
+        now = self._entries()
+        if not (isinstance(saved, dict) and saved.keys() == now.keys()):
+            raise ValueError(f"checkpoint: {path} was not written by fit(checkpoint=…). Try another name.")
+        was, this = saved["arguments"] if isinstance(saved["arguments"], dict) else {}, self.arguments
+        differ = [name for name in this if was.get(name) != this[name]]
         if differ:
-            written, given = (", ".join(f"{name}={values[name]!r}" for name in differ) for values in (was, now))
+            written, given = (", ".join(f"{name}={values.get(name)!r}" for name in differ) for values in (was, this))
             raise ValueError(
                 f"checkpoint: {path} was written with {written}; this call has {given}. Try the same arguments, "
                 "or another file."
             )
-
-    def _load(self, saved: dict[str, Any], path: Path) -> None:
         try:
-            self.steps.optimizer.load_state_dict(saved["optimizer"])
-            if self.schedule is not None:
-                self.schedule.load_state_dict(saved["schedule"])
-        except Exception as error:  # whatever an optimizer or scheduler makes of another one's state
+            wrong = listed(self._what_does_not_fit(now, saved))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a file that somebody made up
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
             raise ValueError(
-                f"checkpoint: the optimizer or scheduler of this call does not take the state in {path}: {error} "
-                "Try the optimizer and scheduler that it was written with, or another file."
+                f"checkpoint: {path} is of another model, guide, optimizer, scheduler or loader ({wrong}); all is as "
+                "it was. Try those that it was written with, or another file."
+            )
+        before = map_tensors(_copy, now)
+        try:
+            self._load(saved)
+        except BaseException as error:
+            self._load(before)
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(
+                f"checkpoint: what is in {path} is not taken by this call: {type(error).__name__}: {error} All is as "
+                "it was. Try the optimizer, scheduler and loader that it was written with, or another file."
             ) from error
-        self.weights.restore(saved["weights"])
+
+    def _what_does_not_fit(self, now: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
+        yield from differences(now["weights"], saved["weights"], "weights")
+        if saved["best"] is not None:
+            yield from differences(self.weights.named_state(moved=True), saved["best"], "best")
+        if now["optimizer_type"] != saved["optimizer_type"]:
+            yield f"optimizer: expected {now['optimizer_type']}, got {saved['optimizer_type']}"
+            return
+        yield from what_does_not_fit(self.steps.optimizer, saved["optimizer"])
+        yield from self._of_the_schedule(now["schedule"], saved["schedule"])
+        yield from not_a_state(torch.default_generator, saved["random"].get("cpu"), "random/cpu")
+        for i, (state, own) in enumerate(zip(saved["random"].get("cuda"), now["random"]["cuda"], strict=False)):
+            yield from differences(own, state, f"random/cuda/{i}")
+        yield from differences(now["steps"], saved["steps"], "steps")
+        yield from _wrong_losses(saved["losses"])
+        yield from self.loaders.what_does_not_fit(saved["loaders"])
+
+    def _of_the_schedule(self, now: Any, saved: Any) -> Iterator[str]:
+        if type(now) is not type(saved):
+            yield f"schedule: expected {type(now).__name__}, got {type(saved).__name__}"
+        elif now is not None:  # a scheduler of somebody else's may come to have further values
+            if type(self.schedule).__module__.startswith("torch.") and now.keys() != saved.keys():
+                yield f"schedule: expected {sorted(now)}, got {sorted(saved)}"
+            yield from differences(now, saved, "schedule", loose=True)
+
+    def _load(self, saved: dict[str, Any]) -> None:
+        self.steps.optimizer.load_state_dict(map_tensors(_copy, saved["optimizer"]))
+        if self.schedule is not None:
+            self.schedule.load_state_dict(saved["schedule"])
+        self.loaders.load(saved["loaders"])
+        self.weights.load(saved["weights"])
         self.steps.go_on(saved["steps"])
         vars(self.result).update(saved["losses"])
-        if self.patience is not None:
-            if saved["best"] is None:
-                self.result.best_epoch = None  # its weights were not kept: the best is looked for anew
-            else:
-                self.best = [s.to(t.device) for s, t in zip(saved["best"], self.weights.state(), strict=True)]
-        cpu, cuda = saved["random"]
+        self.best = None
+        if self.patience is not None and saved["best"] is not None:
+            self.best = map_tensors(lambda t: t.to(self.weights.device), saved["best"])
+        elif self.patience is not None:
+            self.result.best_epoch = None  # its weights were not kept: the best is looked for anew
+        cpu, cuda = saved["random"]["cpu"], saved["random"]["cuda"]
         set_random_state((cpu, cuda[: torch.cuda.device_count()]))
+
+
+def _wrong_losses(losses: Any) -> Iterator[str]:
+    """Says what is wrong with the losses of a file."""
+    fresh = {name: value for name, value in vars(FitResult()).items() if name != "interrupted"}
+    yield from differences(fresh, losses, "losses", loose=True)
+    if isinstance(losses, dict) and losses.keys() == fresh.keys():
+        values, best = [*losses["loss"], *losses["validation_loss"]], losses["best_epoch"]
+        if not all(type(value) is float for value in values):
+            yield "losses: expected numbers, got others"
+        if not (best is None or (type(best) is int and 0 <= best < len(losses["validation_loss"]))):
+            yield f"losses/best_epoch: expected an epoch with a validation loss, got {best}"
+    else:
+        yield "losses: expected those of a fit, got others"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
