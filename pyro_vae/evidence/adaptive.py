@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.joint_draws import JointDraws
+from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_draws, shares
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.libraries import warn
@@ -60,6 +62,7 @@ def adaptive_importance_sampling(
     chunk_size: int | None = None,
     parallel: bool | str = "auto",
     seed: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -92,7 +95,7 @@ def adaptive_importance_sampling(
     Args:
         model: as in `importance_sampling`.
         guide: its guide, where the fit starts.
-        *args: what both are called with.
+        *args: what both are called with, as in `importance_sampling`.
         num_particles: K ≥ 1, number of draws after the fit.
         num_steps: number of natural-gradient steps in the fit.
         plate: name of the plate of data points; None for the joint evidence of all data.
@@ -103,6 +106,7 @@ def adaptive_importance_sampling(
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
         seed: of the draws; None draws on from torch's generator.
+        checkpoint: as in `importance_sampling`.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -127,7 +131,8 @@ def adaptive_importance_sampling(
         True
     """
     num_particles = check_num_particles(num_particles)
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+    portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
+    sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
 
     joint = None
     if plate is None and exact_draw is None:
@@ -155,6 +160,9 @@ def adaptive_importance_sampling(
         chunk_size=chunk_size,
         together=FIT_TOGETHER,
         progress=progress,
+        portions=portions,
+        checkpoint=checkpoint,
+        options={"seed": None if seed is None else int(seed), "plate": plate, "num_steps": num_steps},
     )
 
 

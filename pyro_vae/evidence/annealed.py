@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import inf, pi
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from pyro_vae.evidence.adaptive import FIRST_DRAWS, fit_gaussians
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
+from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.seeds import seeded
@@ -57,6 +59,7 @@ def annealed_importance_sampling(
     chunk_size: int | None = None,
     parallel: bool | str = "auto",
     seed: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -75,7 +78,7 @@ def annealed_importance_sampling(
     Args:
         model: as in `importance_sampling`.
         guide: its guide.
-        *args: what both are called with.
+        *args: what both are called with, as in `importance_sampling`.
         num_particles: K ≥ 1, number of chains for each point.
         num_temperatures: T ≥ 1, number of values of b above 0.
         num_leapfrog: L ≥ 1, number of gradients in a transition.
@@ -90,6 +93,7 @@ def annealed_importance_sampling(
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
         seed: of the draws; None draws on from torch's generator.
+        checkpoint: as in `importance_sampling`.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -123,7 +127,8 @@ def annealed_importance_sampling(
     for name, value, known in (("start", start, STARTS), ("schedule", schedule, ("linear", "sigmoid", "adaptive"))):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}.")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+    portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
+    sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         density = LatentDensity(sampler, rows)
@@ -142,6 +147,16 @@ def annealed_importance_sampling(
         chunk_size=chunk_size,
         tensors=LEAPFROG_TENSORS,
         progress=progress,
+        portions=portions,
+        checkpoint=checkpoint,
+        options={
+            "seed": None if seed is None else int(seed),
+            "plate": plate,
+            "num_temperatures": num_temperatures,
+            "num_leapfrog": num_leapfrog,
+            "start": start,
+            "schedule": schedule,
+        },
     )
     if exact_draw is None:
         return evidence

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.evidence.evidence import LOWER_BOUND, NO_BOUND, UPPER_BOUND, Evidence
+from pyro_vae.evidence.finished import Finished
 from pyro_vae.evidence.log_weights import LogWeightSummary
+from pyro_vae.evidence.portions import Portions
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
@@ -31,6 +36,9 @@ def collect(
     tensors: float = 1.0,
     together: int | None = None,
     progress: bool = True,
+    portions: Portions | None = None,
+    checkpoint: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Evidence from log-weights, for chunks of rows and of particles.
 
@@ -47,6 +55,9 @@ def collect(
         tensors: how many times the tensors of one log-weight a pass makes.
         together: how many particles of a row should pass at once, as in `ParticleSampler.chunks`.
         progress: show a progress bar, if on a terminal.
+        portions: of the rows; default: all of the sampler's.
+        checkpoint: a file that results are written to, and found in.
+        options: of the estimator, plain values by name, that its results depend on.
     """
     bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
     check_density(sampler.pair)
@@ -55,18 +66,34 @@ def collect(
             "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "
             "order of the arguments, (model, guide, x)."
         )
+    portions = portions or Portions(sampler.model, sampler.guide, (), {}, None)
+    known = {"num_particles": num_particles, "method": method, "smooth": smooth, "correction": correction}
+
+    def estimate(rows: slice, counts: list[int]) -> Tensor:
+        """Log-evidence, standard error, effective sample size, k-hat and number of zero weights, (rows, 5)."""
+        draw = prepare(rows)
+        summary = LogWeightSummary(num_particles, smooth=smooth, correction=correction)
+        for count in [1] * exact + counts * (num_particles > exact):
+            log_weight = draw(count)
+            summary.update(log_weight)
+            bar.update(log_weight.numel())
+        return torch.stack([*summary.result(), summary.num_zero.double()], 1)
+
     parts = []
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-        others = num_particles - exact
-        rows, counts = sampler.chunks(max(1, others), chunk_size, tensors=tensors, together=together)
-        with progress_bar(sampler.num_points * num_particles, method.replace("_", " "), progress) as bar:
-            for r in rows:
-                draw = prepare(r)
-                summary = LogWeightSummary(num_particles, smooth=smooth, correction=correction)
-                for count in [1] * exact + counts * (others > 0):
-                    log_weight = draw(count)
-                    summary.update(log_weight)
-                    bar.update(log_weight.numel())
-                parts.append((*summary.result(), summary.num_zero))
-    value, error, ess, khat, num_zero = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero, bounded)
+        finished = Finished(checkpoint, known | dict(options or {}), sampler)
+        total = portions.num_rows if portions.loader is not None else sampler.num_points
+        total = None if total is None else total * num_particles
+        with progress_bar(total, method.replace("_", " "), progress) as bar, finished:
+            for start in portions.through(sampler):
+                rows, counts = sampler.chunks(
+                    max(1, num_particles - exact), chunk_size, tensors=tensors, together=together
+                )
+                with portions.counted_from(start):
+                    if checkpoint is None:
+                        parts += [estimate(r, counts) for r in rows]
+                    else:
+                        passes = partial(estimate, counts=counts)
+                        parts.append(finished.complete(rows, start, passes, lambda n: bar.update(n * num_particles)))
+    value, error, ess, khat, num_zero = torch.cat(parts).unbind(1)
+    return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero.long(), bounded)

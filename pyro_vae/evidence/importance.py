@@ -11,6 +11,7 @@ known where the data were simulated: see `pyro_vae.evidence.bounds`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.compiled import CompiledLogWeight, compiled_log_weight
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
+from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
 from pyro_vae.pairs.checks import check_function, check_num_particles
 from pyro_vae.pairs.handlers import StopAfter, unobserved
+from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
@@ -49,6 +52,7 @@ def importance_sampling(
     compile: bool | str = "auto",
     parallel: bool | str = "auto",
     seed: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -69,7 +73,9 @@ def importance_sampling(
     Args:
         model: a Pyro model with the data points in a plate called `plate`, at any depth.
         guide: its guide.
-        *args: what both are called with; tensors as long as the plate are cut into rows.
+        *args: what both are called with; tensors, NumPy arrays and memory maps as long as the plate are cut into rows,
+            which reach the pair as tensors (integers as they are). Or a DataLoader, in the order of its rows, whose
+            batches hold the arguments: a tuple, or a dict of keyword arguments.
         num_particles: K ≥ 1, of which exactly K are drawn.
         plate: name of the plate of data points; None for the joint evidence of all data, where there are latents
             outside: then N = 1.
@@ -90,6 +96,11 @@ def importance_sampling(
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
         seed: of the draws; None draws on from torch's generator.
+        checkpoint: a file that the results of rows that are done are written to, atomically, after the first pass, at
+            the end, and at most every ten seconds. Where the file exists, these rows are not estimated again, in
+            whatever order they come and whichever others come with them; the same call, started again, ends where an
+            uninterrupted one would (to the rounding of generated code). A call with another number of particles, seed
+            or option is refused, and so are a model, guide or weights that give other log-weights.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
@@ -98,7 +109,8 @@ def importance_sampling(
         bar where K = 1 (NaN).
 
     Raises:
-        ValueError: as `draw_particles`; options out of their range.
+        ValueError: as `draw_particles`; options out of their range; a DataLoader that shuffles or yields nothing; a
+            checkpoint of another estimate.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -118,15 +130,16 @@ def importance_sampling(
     num_particles = check_num_particles(num_particles)
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive: expected a share of the particles in [0, 1), got {defensive}.")
-    sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+    portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
+    sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
     num_prior = round(defensive * num_particles)
     kernel = None
     if exact_draw is None and not num_prior:
-        kernel = _compiled(sampler, compile, num_particles, chunk_size)
+        kernel = _compiled(sampler, compile, num_particles, chunk_size, portions)
 
     def prepare(rows: slice) -> Callable[[int], Tensor]:
         if exact_draw is None and not num_prior:
-            return _from_guide(sampler, rows, kernel)
+            return _from_guide(sampler, rows, kernel, portions)
         density = LatentDensity(sampler, rows)
         counts = torch.tensor([[num_particles - num_prior], [num_prior]], device=sampler.layout.device)
         proposals = [from_guide(density), from_prior(density)]
@@ -143,6 +156,9 @@ def importance_sampling(
         correction=correction,
         chunk_size=chunk_size,
         progress=progress,
+        portions=portions,
+        checkpoint=checkpoint,
+        options={"seed": None if seed is None else int(seed), "plate": plate, "defensive": float(defensive)},
         **(PASSES if kernel is not None and kernel.generate_code else {}),
     )
 
@@ -159,6 +175,7 @@ def prior_sampling(
     compile: bool | str = "auto",
     parallel: bool | str = "auto",
     seed: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Evidence:
@@ -178,6 +195,7 @@ def prior_sampling(
         parallel: whether many particles run at once: True; False, one at a time; or "auto", at once where the pair
             allows it, and otherwise one at a time with a warning.
         seed: of the draws; None draws on from torch's generator.
+        checkpoint: as in `importance_sampling`.
         progress: show a progress bar, if on a terminal.
         **kwargs: what the model is called with.
 
@@ -206,35 +224,45 @@ def prior_sampling(
             f"prior_sampling: guide: expected a function or None, got {type(guide).__name__}. Try "
             "prior_sampling(model, None, x): the second place is that of the guide in the other estimators."
         )
-    sampler = ParticleSampler(model, unobserved(model), args, kwargs, plate=plate, parallel=parallel)
+    portions = Portions(model, guide, args, kwargs, plate)
+    arguments = portions.args, portions.kwargs
+    sampler = ParticleSampler(model, unobserved(model), *arguments, plate=plate, parallel=parallel)
     # The model runs once for each draw, not twice. Its observed sites are not hidden in these runs, as `pyro.markov`
     # names them to the handler that enumerates; observed sites are no part of q in any trace.
     sampler.guide = StopAfter(sampler.pair.latents)(model)
-    kernel = _compiled(sampler, compile, num_particles, chunk_size)
+    kernel = _compiled(sampler, compile, num_particles, chunk_size, portions)
     return collect(
         sampler,
-        lambda rows: _from_guide(sampler, rows, kernel),
+        lambda rows: _from_guide(sampler, rows, kernel, portions),
         num_particles,
         method="prior_sampling",
         chunk_size=chunk_size,
         progress=progress,
+        portions=portions,
+        checkpoint=checkpoint,
+        options={"seed": None if seed is None else int(seed), "plate": plate},
         **(PASSES if kernel is not None and kernel.generate_code else {}),
     )
 
 
 def _compiled(
-    sampler: ParticleSampler, compile: bool | str, num_particles: int, chunk_size: int | None
+    sampler: ParticleSampler, compile: bool | str, num_particles: int, chunk_size: int | None, portions: Portions
 ) -> CompiledLogWeight | None:
     rows, counts = sampler.chunks(num_particles, chunk_size)
-    kernel = compiled_log_weight(sampler, compile, len(rows) * len(counts))
-    if kernel is not None:
+    kernel = compiled_log_weight(sampler, compile, len(rows) * len(counts) * portions.num_portions)
+    if kernel is not None and portions.loader is None:
         sampler.check()
     return kernel
 
 
-def _from_guide(sampler: ParticleSampler, rows: slice, kernel: CompiledLogWeight | None) -> Callable[[int], Tensor]:
+def _from_guide(
+    sampler: ParticleSampler, rows: slice, kernel: CompiledLogWeight | None, portions: Portions
+) -> Callable[[int], Tensor]:
     """Log-weights of fresh draws from the guide; the first pass checks the data, unless `_compiled` did."""
     if kernel is None:
         first = iter([True])
         return lambda count: sampler.log_weight(count, rows, check=next(first, False))
+    if portions.loader is not None:
+        with fork_random_state():
+            sampler.log_weight(1, rows, check=True)
     return lambda count: kernel(count, rows)

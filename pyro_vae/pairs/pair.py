@@ -15,6 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.pairs.arrays import as_tensor, device_of, each, unless_on_disk
 from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_sites
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
@@ -43,7 +44,8 @@ class Pair:
         cut: whether the arguments may be cut into rows; False looks at all of them at once, as at a mini-batch.
 
     Attributes:
-        model, guide, args, kwargs, plate: as given.
+        model, guide, plate: as given.
+        args, kwargs: as given, with NumPy arrays as tensors.
         look: traces of guide and model.
         sites: {name: `Site`}.
         rows: how to run on some of the rows.
@@ -80,13 +82,23 @@ class Pair:
     ) -> None:
         check_function("model", model)
         check_function("guide", guide)
-        self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, dict(kwargs or {}), plate
+        self.model, self.guide, self.plate = model, guide, plate
+        self._device = device_of(model, guide, args, kwargs or {})
+        self._args, self._kwargs = each(unless_on_disk, args, kwargs or {}, self._device)
         self.look, self.rows = self._find(cut)
         self.sites = find_sites(self.look.guide, self.look.model)
         drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
         self.summed = {name for name in own.keys() - drawn.keys() if enumerates(own[name])}
         self.enumerated = {name for name in own.keys() & drawn.keys() if enumerates(drawn[name])}
+
+    @property
+    def args(self) -> tuple:
+        return each(as_tensor, self._args, self._kwargs, self._device)[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return each(as_tensor, self._args, self._kwargs, self._device)[1]
 
     @cached_property
     def layout(self) -> Layout:
@@ -147,7 +159,9 @@ class Pair:
             return found
 
         for _ in range(2):
-            found = find_rows(run, self.args, self.kwargs, self.plate) if cut and self.plate is not None else None
+            found = None
+            if cut and self.plate is not None:
+                found = find_rows(run, self._args, self._kwargs, self.plate, self._device)
             if not set_up:
                 break
             # as its first call sets it up; what is made for all rows may not be run on a few of them
@@ -155,8 +169,7 @@ class Pair:
             set_up = False
         if found is not None:
             first, keys = found
-            length = next(len(a) for key, a in [*enumerate(self.args), *self.kwargs.items()] if key in keys)
-            return first, Rows(self.args, self.kwargs, length, keys, None)
+            return first, self._rows(0, keys)
         whole = run(self.args, self.kwargs)
         if set_up:
             whole = look(self.model, self.guide, self.args, self.kwargs, keep=True)
@@ -165,13 +178,16 @@ class Pair:
     def _all_rows(self, whole: Look) -> Rows:
         """Rows that have to pass together; only a plate that subsamples by itself can be told which ones to take."""
         if self.plate is None:
-            return Rows(self.args, self.kwargs, 1, frozenset(), None)
+            return self._rows(1)
         frame = whole.frame(self.plate)
         if frame is None:
-            return Rows(self.args, self.kwargs, 1, frozenset(), None)
+            return self._rows(1)
         if self.plate in whole.subsamples() and self._chooses_rows(whole):
-            return Rows(self.args, self.kwargs, frame.full_size, frozenset(), frame.size)
-        return Rows(self.args, self.kwargs, whole.size(self.plate) or 1, frozenset(), None)
+            return self._rows(frame.full_size, fixed=frame.size)
+        return self._rows(whole.size(self.plate) or 1)
+
+    def _rows(self, num_points: int, cut_keys: frozenset = frozenset(), fixed: int | None = None) -> Rows:
+        return Rows(self._args, self._kwargs, num_points, cut_keys, fixed, self._device)
 
     def _chooses_rows(self, whole: Look) -> bool:
         """Whether the indices that the data plate draws choose the rows of a pass: then other ones give other

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -16,6 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_vae.pairs.arrays import as_tensor, each, has_rows, unless_on_disk
 from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.sites import base_distribution, sample_sites
 
@@ -38,14 +40,39 @@ class Rows:
         num_points: N, the size of the data plate (of the whole data set, if the plate subsamples it).
         cut_keys: positions and names of the arguments that have a row for each data point.
         fixed: rows of every pass, where the plate subsamples data that the pair holds itself.
+        device: where rows go that are read from a memory map.
     """
 
     def __init__(
-        self, args: tuple, kwargs: Mapping[str, Any], num_points: int, cut_keys: frozenset[Key], fixed: int | None
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        num_points: int,
+        cut_keys: frozenset[Key],
+        fixed: int | None,
+        device: torch.device | None = None,
     ) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
-        self.num_points, self.cut_keys, self.fixed = num_points, cut_keys, fixed
+        self.num_points, self.cut_keys, self.fixed, self.device = num_points, cut_keys, fixed, device
         self._standing_in: tuple[tuple, dict] | None = None
+        self._some: Tensor | None = None
+        self.go_on(args, kwargs)
+
+    def go_on(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Takes the next arguments, of the same kind: those of another batch, which may have more or fewer rows."""
+        self._args, self._kwargs = each(unless_on_disk if self.cut_keys else as_tensor, args, kwargs, self.device)
+        own = [a for key, a in (*enumerate(self._args), *self._kwargs.items()) if key in self.cut_keys]
+        if own:
+            self.num_points = len(own[0])
+
+    @property
+    def args(self) -> tuple:
+        """Positional arguments, with all rows in memory."""
+        return each(as_tensor, self._args, self._kwargs, self.device)[0]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments, with all rows in memory."""
+        return each(as_tensor, self._args, self._kwargs, self.device)[1]
 
     @property
     def separable(self) -> bool:
@@ -61,13 +88,24 @@ class Rows:
         finally:
             self._standing_in = before
 
+    @contextmanager
+    def only(self, index: Tensor) -> Iterator[None]:
+        """Takes some of the data points for all there are, in this order."""
+        before = self._some, self.num_points
+        self._some, self.num_points = index, len(index)
+        try:
+            yield
+        finally:
+            self._some, self.num_points = before
+
     def cut(self, rows: slice | None) -> tuple[tuple, dict]:
-        """The arguments for some rows (None: all)."""
+        """The arguments for some rows (None: all), in memory."""
         if self._standing_in is not None:
             return self._standing_in
-        if rows is None or not self.separable:
+        if not self.separable or (rows is None and self._some is None):
             return self.args, self.kwargs
-        return _cut(self.args, self.kwargs, self.cut_keys, rows)
+        where = rows if self._some is None else self._some[slice(None) if rows is None else rows]
+        return _cut(self._args, self._kwargs, self.cut_keys, self.device, where)
 
     def subsample(self, rows: slice | None) -> Tensor:
         """Indices for a plate of fixed size, which end with `rows` or start the data."""
@@ -81,7 +119,11 @@ class Rows:
 
 
 def find_rows(
-    run: Callable[..., Look], args: tuple, kwargs: Mapping[str, Any], plate: str
+    run: Callable[..., Look],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    plate: str,
+    device: torch.device | None = None,
 ) -> tuple[Look, frozenset[Key]] | None:
     """Finds the arguments that have rows, by running the pair on a few of them.
 
@@ -90,18 +132,20 @@ def find_rows(
         args: of the pair.
         kwargs: of the pair.
         plate: name of the plate of data points.
+        device: where rows go that are read from a memory map.
 
     Returns:
         A look at a few rows, and the positions and names of the arguments that were cut for it; None where no
         arguments can be cut, and all rows have to pass together.
     """
     arguments: list[tuple[Key, Any]] = [*enumerate(args), *kwargs.items()]
-    lengths = {key: len(a) for key, a in arguments if isinstance(a, Tensor) and a.dim() and len(a) >= WINDOW}
+    lengths = {key: len(a) for key, a in arguments if has_rows(a) and len(a) >= WINDOW}
     for length in dict.fromkeys(lengths.values()):
         keys = [key for key, n in lengths.items() if n == length]
         starts = dict.fromkeys((0, length - WINDOW))
         for subset in _subsets(keys):
-            looks = [_probe(run, args, kwargs, subset, start, plate) for start in starts]
+            cut = partial(_cut, args, kwargs, subset, device)
+            looks = [_probe(run, cut, start, plate) for start in starts]
             if all(looks):
                 return looks[0], subset
     return None
@@ -114,17 +158,15 @@ def _subsets(keys: list[Key]) -> Iterator[frozenset[Key]]:
         yield from map(frozenset, combinations(keys, size))
 
 
-def _probe(
-    run: Callable[..., Look], args: tuple, kwargs: Mapping[str, Any], keys: frozenset[Key], start: int, plate: str
-) -> Look | None:
+def _probe(run: Callable[..., Look], cut: Callable[[slice], tuple[tuple, dict]], start: int, plate: str) -> Look | None:
     """A look at a window of rows, if the rows in its middle have the same log-probabilities alone."""
     middle = slice(start + MIDDLE.start, start + MIDDLE.stop)
     try:
-        window = run(*_cut(args, kwargs, keys, slice(start, start + WINDOW)))
+        window = run(*cut(slice(start, start + WINDOW)))
         if window.size(plate) != WINDOW:
             return None
         values = {n: _middle(s, s["value"], plate, len(s["fn"].event_shape)) for n, s in _latents(window).items()}
-        alone = run(*_cut(args, kwargs, keys, middle), values=values)
+        alone = run(*cut(middle), values=values)
     except Exception:  # not these arguments; if the pair itself is at fault, the run on all rows says so
         return None
     if alone.size(plate) != MIDDLE.stop - MIDDLE.start:
@@ -173,6 +215,18 @@ def _middle(site: dict, value: Tensor, plate: str, event_dim: int) -> Tensor:
     return value
 
 
-def _cut(args: tuple, kwargs: Mapping[str, Any], keys: frozenset[Key], rows: slice) -> tuple[tuple, dict]:
-    cut = tuple(a[rows] if i in keys else a for i, a in enumerate(args))
-    return cut, {name: a[rows] if name in keys else a for name, a in kwargs.items()}
+def _cut(
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    keys: frozenset[Key],
+    device: torch.device | None,
+    rows: slice | Tensor,
+) -> tuple[tuple, dict]:
+    def cut(key: Key, a: Any) -> Any:
+        if key not in keys:
+            return as_tensor(a, device)
+        if isinstance(a, Tensor):
+            return a[rows if isinstance(rows, slice) else rows.to(a.device)]
+        return as_tensor(a[rows if isinstance(rows, slice) else rows.numpy()], device)
+
+    return tuple(cut(i, a) for i, a in enumerate(args)), {name: cut(name, a) for name, a in kwargs.items()}

@@ -82,12 +82,15 @@ class ParticleSampler:
         self.model, self.guide = model, guide
         self.pair = Pair(model, guide, args, kwargs, plate=plate)
         self.layout, self.rows = self.pair.find_layout("any" if outside else "observed"), self.pair.rows
-        self.num_points = self.rows.num_points
         self._given: dict[str, Tensor] = {}
         self._runs = Runs(self.pair, self.layout, parallel, computed=computed)
         self.serial = self._runs.serial
         check_constants(self)
         check_rows_apart(self)
+
+    @property
+    def num_points(self) -> int:  # with a DataLoader, of the batch at hand
+        return self.rows.num_points
 
     # -- chunks -------------------------------------------------------------------------------------------------------
 
@@ -225,7 +228,7 @@ class ParticleSampler:
             prior = _sum_product(self, (trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
             likelihood = _sum_product(self, (trace,), lambda *_: 1, num_particles, rows) - prior
         else:
-            prior, likelihood = (self._sum(trace, rows, observed=observed) for observed in (False, True))
+            prior, likelihood = (_sum(self, trace, rows, observed=observed) for observed in (False, True))
         outside = self.outside(trace, rows)
         if outside is None:
             return prior, likelihood
@@ -249,18 +252,19 @@ class ParticleSampler:
     ) -> Tensor:
         """log q(z|x) of a trace of the guide in which the sites `summed` are enumerated, (K, N)."""
         if not summed:
-            return self._sum(trace, rows, observed=False)
+            return _sum(self, trace, rows, observed=False)
         return _sum_product(self, (trace,), lambda _, site: 0 if site["is_observed"] else 1, num_particles, rows)
 
-    def _sum(self, trace: poutine.Trace, rows: slice | None, *, observed: bool) -> Tensor:
-        """Log-probability of the sites that are (not) observed, (K, N)."""
-        sites = sample_sites(trace).items()
-        terms = [
-            self.layout.sum_to_points(name, site_log_prob(site), rows)
-            for name, site in sites
-            if site["is_observed"] == observed and is_inside(site, self.layout.plate)
-        ]
-        return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=self.layout.device)
+
+def _sum(sampler: ParticleSampler, trace: poutine.Trace, rows: slice | None, *, observed: bool) -> Tensor:
+    """Log-probability of the sites that are (not) observed, (K, N)."""
+    sites, layout = sample_sites(trace).items(), sampler.layout
+    terms = [
+        layout.sum_to_points(name, site_log_prob(site), rows)
+        for name, site in sites
+        if site["is_observed"] == observed and is_inside(site, layout.plate)
+    ]
+    return sum(terms[1:], terms[0]) if terms else torch.zeros(1, 1, device=layout.device)
 
 
 def _sum_product(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_vae.pairs.arrays import as_tensor, is_array, slices, unless_on_disk
+from pyro_vae.pairs.batches import Batch, check_loader, loaded, num_rows_of
 from pyro_vae.pairs.checks import check_rows, check_support
 from pyro_vae.ranks import Ranks
 from pyro_vae.training.shared_loader import shared_loader
@@ -19,24 +21,13 @@ from pyro_vae.training.shared_loader import shared_loader
 __all__ = ["Batch", "Batches"]
 
 
-class Batch(NamedTuple):
-    """What model and guide are called with for some rows, and the indices of these where they are known."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    rows: Tensor | None
-
-    @property
-    def size(self) -> int:
-        return next((len(x) for x in (*self.args, *self.kwargs.values()) if _has_rows(x)), 0)
-
-
 class Batches:
     """Data as batches of rows.
 
     Args:
         data: a tensor, a numpy array or memory map, a tuple, list or dict of these with equal first dimensions, or a
-            torch `DataLoader`. Floating numpy arrays are converted to torch's default dtype.
+            torch `DataLoader`. Floating arrays are converted to torch's default dtype, memory maps batch by batch;
+            integers reach model and guide as they are, nothing is scaled.
         batch_size: rows of a batch; the last one may be smaller.
         device: where the tensors go. Tensors move once; memory maps and DataLoaders batch by batch.
         name: the argument's name, for messages.
@@ -64,13 +55,13 @@ class Batches:
         self.batch_size, self.device, self.name = batch_size, device, name
         self.ranks = ranks or Ranks()
         self.in_order = False
-        self._integers: dict[int | str, np.dtype] = {}  # of numpy columns
         self.loader = data if isinstance(data, DataLoader) else None
         self.columns: list[Tensor | np.ndarray] = []
         self.keys: list[int | str] = []  # of the columns: positions, or names of keyword arguments
         self._largest = 0
         if self.loader is not None:
-            self.num_rows = len(data.dataset) if hasattr(data.dataset, "__len__") else None
+            check_loader(data, name)
+            self.num_rows = num_rows_of(data)
             self.loader = shared_loader(data, self.ranks, name)
             return
         several = isinstance(data, (tuple, list, dict))
@@ -103,14 +94,11 @@ class Batches:
                 f"{type(column).__name__}. Try {_advice(column, self.name, several)}."
             )
         if isinstance(column, np.ndarray):
-            if column.dtype.kind not in "fciub":
+            if not is_array(column):
                 raise TypeError(
                     f'{where}: expected an array of numbers, got one of dtype {column.dtype}. Try x.astype("float32").'
                 )
-            if column.dtype.kind in "iub":
-                self._integers[key] = column.dtype
-            if not isinstance(column, np.memmap):
-                column = _tensor(column)
+            column = unless_on_disk(column)
         if not column.ndim:
             raise ValueError(
                 f"{where}: expected rows, got a scalar. Try to add a first dimension, or functools.partial(model, …), "
@@ -122,14 +110,16 @@ class Batches:
     def num_batches(self) -> int | None:
         """Of an epoch, where that is known."""
         if self.loader is not None:
-            return len(self.loader) if self.num_rows is not None else None
+            with suppress(TypeError, NotImplementedError):
+                return len(self.loader)
+            return None
         return -(-self.num_rows // self.batch_size)
 
     @property
     def full_size(self) -> int:
-        """Rows of most batches; only a last one has fewer."""
+        """Rows of most batches; only a last one has fewer. A DataLoader's are as large as they were seen to be."""
         if self.loader is not None:
-            return self.loader.batch_size or self._largest
+            return self._largest
         return len(self.ranks.share(torch.empty(min(self.batch_size, self.num_rows))))
 
     def to(self, device: torch.device | None) -> Batches:
@@ -165,18 +155,17 @@ class Batches:
         Raises:
             ValueError: a DataLoader yields none.
         """
-        batch = next(iter(self), None)
-        if batch is None:
-            raise ValueError(
-                f"{self.name}: expected a DataLoader that yields batches, got one that yields none. Try "
-                "drop_last=False, or a smaller batch_size."
-            )
-        return batch
+        return next(iter(self))
 
     def explain(self, error: Exception) -> None:
         """Adds a note to an error of the model or guide on what these data may have to do with it."""
-        for key, dtype in self._integers.items() if "dtype" in str(error) else ():
-            error.add_note(f'{self.name}[{key!r}] is a numpy array of {dtype}. Try x.astype("float32").')
+        for key, column in zip(self.keys, self.columns, strict=True):
+            dtype = str(column.dtype).removeprefix("torch.")
+            if "dtype" in str(error) and not as_tensor(column[:1]).is_floating_point():
+                error.add_note(
+                    f"{self.name}[{key!r}] is of dtype {dtype}, which reaches model and guide as it is. Try to convert "
+                    "each batch, as in lambda x: model(x.float() / 255), and the same of guide; or all rows beforehand."
+                )
         names = [repr(key) for key in self.keys if isinstance(key, str)]
         if names and "argument" in str(error):
             error.add_note(
@@ -196,25 +185,25 @@ class Batches:
         for key, column in zip(self.keys, self.columns, strict=True):
             digest = sha256()
             for row in rows:
-                digest.update(_tensor(column[row : row + 1]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(as_tensor(column[row : row + 1]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
             found.append((key, tuple(column.shape), str(column.dtype), digest.hexdigest()[:16]))
         return found
 
-    def check(self, incomplete: Container[int] = ()) -> None:
-        """Raises ValueError for rows that are not finite.
+    def check(self, incomplete: Container[int] = (), observed: Iterable[tuple[int, str, dict]] = ()) -> None:
+        """Raises ValueError for rows that are not finite, or outside of a support.
 
-        The rows of a DataLoader cannot be checked in advance. In the columns `incomplete`, NaN stands for a missing
-        value."""
-        for start in range(0, self.num_rows if self.columns else 0, 8192):
-            rows = [_tensor(c[start : min(start + 8192, self.num_rows)]) for c in self.columns]
-            check_rows(rows, start=start, incomplete=[x for i, x in enumerate(rows) if i in incomplete])
+        The rows of a DataLoader cannot be checked in advance.
 
-    def check_column(self, column: int, name: str, site: dict) -> None:
-        """Raises ValueError for rows of a column outside the support of the trace's site that observes it."""
-        for start in range(0, self.num_rows if self.columns else 0, 8192):
-            value = _tensor(self.columns[column][start : start + 8192])
-            with suppress(RuntimeError):  # a support that each row has of its own, as of Uniform(0, high(z))
-                check_support(name, site | {"value": value}, start=start)
+        Args:
+            incomplete: columns in which NaN stands for a missing value.
+            observed: columns, with the names and sites of a trace that observe them.
+        """
+        for some in slices(self.columns):
+            rows = [as_tensor(c[some]) for c in self.columns]
+            check_rows(rows, start=some.start, incomplete=[x for i, x in enumerate(rows) if i in incomplete])
+            for column, name, site in observed:
+                with suppress(RuntimeError):  # a support that each row has of its own, as of Uniform(0, high(z))
+                    check_support(name, site | {"value": rows[column]}, start=some.start)
 
     def at(self, rows: Tensor) -> Batch:
         """The batch of these rows."""
@@ -223,45 +212,16 @@ class Batches:
             if isinstance(column, Tensor):
                 x = column.index_select(0, rows.to(column.device))
             else:
-                x = _tensor(column[rows.cpu().numpy()])
+                x = as_tensor(column[rows.cpu().numpy()])
             values.append(x if self.device is None else x.to(self.device))
         if any(isinstance(key, str) for key in self.keys):
             return Batch((), {str(key): x for key, x in zip(self.keys, values, strict=True)}, rows)
         return Batch(tuple(values), {}, rows)
 
     def _loaded(self) -> Iterator[Batch]:
-        for found in self.loader:
-            if found is None and self.ranks.several:  # this rank has no row of the batch
-                yield Batch((), {}, None)
-                continue
-            found = _moved(found, self.device)
-            if isinstance(found, dict):
-                batch = Batch((), found, None)
-            else:
-                batch = Batch(tuple(found) if isinstance(found, (tuple, list)) else (found,), {}, None)
-            if not any(map(_has_rows, (*batch.args, *batch.kwargs.values()))):
-                got = ", ".join(type(x).__name__ for x in (*batch.args, *batch.kwargs.values())) or "nothing"
-                raise TypeError(
-                    f"{self.name}: expected batches with at least one tensor of rows in a tuple or dict, got {got}. "
-                    "Try a collate_fn that makes tensors."
-                )
-            self._largest = max(self._largest, batch.size)  # a batch sampler has no size of its own
+        for batch in loaded(self.loader, self.device, self.name):
+            self._largest = max(self._largest, batch.size)
             yield batch
-
-
-def _has_rows(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 0
-
-
-def _moved(x: Any, device: torch.device | None) -> Any:
-    """What a DataLoader yields, with its tensors and numpy arrays as tensors on this device."""
-    if isinstance(x, dict):
-        return {key: _moved(value, device) for key, value in x.items()}
-    if type(x) in (tuple, list):
-        return type(x)(_moved(value, device) for value in x)
-    if isinstance(x, np.ndarray) and x.dtype.kind in "fciub":
-        x = _tensor(x)
-    return x.to(device) if isinstance(x, Tensor) and device is not None else x
 
 
 def _advice(data: Any, name: str, several: bool) -> str:
@@ -278,10 +238,3 @@ def _advice(data: Any, name: str, several: bool) -> str:
     if isinstance(data, (str, bytes)) or data is None:
         return "a tensor of rows, as torch.load or numpy.load read from a file"
     return "torch.as_tensor(…)"
-
-
-def _tensor(x: Tensor | np.ndarray) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    x = torch.from_numpy(np.ascontiguousarray(x) if x.flags.writeable else np.array(x))
-    return x.to(torch.get_default_dtype()) if x.is_floating_point() else x

@@ -75,9 +75,7 @@ def check_data(pair: Pair, batches: Batches) -> None:
         for key, x in arguments.items()
         if key in columns and site["is_observed"] and x is site["value"]
     ]
-    batches.check({column for column, _, site in observed if ignores_missing(site["fn"])})
-    for column, name, site in observed:
-        batches.check_column(column, name, site)
+    batches.check({column for column, _, site in observed if ignores_missing(site["fn"])}, observed)
 
 
 def diagnosis(pair: Pair, batch: Batch, step: int, value: Tensor, norm: Tensor) -> str:

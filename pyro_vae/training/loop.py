@@ -159,7 +159,10 @@ def fit(
         loaders = {b.name: b.loader for b in (batches, validation) if b is not None and b.loader is not None}
         state = FitState(weights, steps, schedule, patience, arguments, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
-        with state.kept_in(checkpoint), progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar:
+        with (
+            state.kept_in(checkpoint),
+            progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar,
+        ):
             bar.update(len(state.result.loss) * (batches.num_rows or 0))
             try:
                 while len(state.result.loss) < num_epochs and not state.stalled:

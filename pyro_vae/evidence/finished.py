@@ -1,0 +1,237 @@
+"""Results of rows that are done, kept in a file, so that hours of evidence can be interrupted and go on.
+
+A row is known by its values, in whatever order and call it comes: by a hash of its bytes in all arguments that have
+rows, and by how often it came before, as twins have draws of their own. Where no argument has rows, it is known by its
+place. Each pass draws from a seed of its own, made from that of the file and the rows in it, so that an estimate that
+was interrupted ends as it would have ended.
+
+Weights and code cannot be compared. But what they do can be: some rows are kept in the file, with the log-weight of a
+draw for each of them, which has to come out again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.checkpoint import read, write
+from pyro_vae.pairs.arrays import slices
+from pyro_vae.pairs.modes import fork_random_state
+from pyro_vae.particles.sampler import ParticleSampler
+
+__all__ = ["Finished"]
+
+SECONDS_BETWEEN = 10.0  # writes, but for the first and the last one
+KEY = 16  # bytes
+RESULTS = 5  # numbers of a row
+PROBED, PROBED_BYTES = 16, 2**23  # rows whose log-weights are kept, at most
+TOLERANCE = 1e-3  # of log-weights, absolute and relative
+ENTRIES = {"arguments", "seed", "keys", "results", "probe"}
+
+
+class Finished:
+    """What is known of an estimate, and the file that it is kept in.
+
+    Args:
+        path: of the file; None keeps nothing.
+        arguments: of the estimate, plain values by name, which have to be the same when it goes on.
+        sampler: of the pair, with the first rows.
+
+    Raises:
+        ValueError: the file is of other arguments, of another model or guide, or none of these. It is not changed then.
+    """
+
+    def __init__(self, path: str | Path | None, arguments: Mapping[str, Any], sampler: ParticleSampler) -> None:
+        self.path = None if path is None else Path(path)
+        self.arguments, self.sampler = dict(arguments), sampler
+        self._written, self._count = -math.inf, 0
+        self._seen: Counter[bytes] = Counter()
+        self._place: dict[bytes, int] = {}  # of rows among those that were known from the start
+        self._known = torch.zeros(0, RESULTS, dtype=torch.double)
+        self._keys: list[bytes] = []  # of new rows
+        self._results: list[Tensor] = []
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise ValueError(f"checkpoint: {self.path.parent} is no folder. Try to make it first.")
+        if self.path.exists():
+            self._read()
+        else:
+            self._seed = int(torch.randint(2**62, ()))
+            self._probe = _kept_rows(sampler)
+            self._probe["log_weight"] = _log_weight(sampler, self._probe)
+
+    def __enter__(self) -> Finished:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._write()  # also what was done before an error, or before somebody interrupted it
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def complete(
+        self,
+        rows: list[slice],
+        start: int,
+        estimate: Callable[[slice], Tensor],
+        skip: Callable[[int], Any] = lambda _: None,
+    ) -> Tensor:
+        """Results of all rows at hand, (N, 5), of which those that are not known are estimated.
+
+        Args:
+            rows: of the passes that all of them would take.
+            start: how many rows came before those at hand.
+            estimate: slice of rows -> results (n, 5).
+            skip: told how many rows are known.
+        """
+        keys = self._keys_of_rows(start)
+        done = torch.tensor([key in self._place for key in keys])
+        found = torch.full((len(keys), RESULTS), math.nan, dtype=torch.double)
+        found[done] = self._known[torch.tensor([self._place[key] for key in keys if key in self._place]).long()]
+        left = (~done).nonzero().flatten()
+        skip(len(keys) - len(left))
+        if not len(left):
+            return found
+        if self.sampler.rows.separable:
+            with self.sampler.rows.only(left):
+                for i, places in enumerate(left.split(size := rows[0].stop - rows[0].start)):
+                    self._estimate(slice(i * size, i * size + len(places)), places, found, keys, estimate)
+        else:
+            for r in rows:
+                if not done[r].all():
+                    self._estimate(r, torch.arange(r.start, r.stop), found, keys, estimate)
+        return found
+
+    def _estimate(
+        self, rows: slice, places: Tensor, found: Tensor, keys: list[bytes], estimate: Callable[[slice], Tensor]
+    ) -> None:
+        own = [keys[i] for i in places.tolist()]
+        with fork_random_state():
+            pyro.set_rng_seed(int.from_bytes(_hash(self._seed, *own)[:4], "big"))
+            found[places] = estimate(rows).cpu()
+        self._keys += own
+        self._results.append(found[places])
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self._write()
+
+    def _keys_of_rows(self, start: int) -> list[bytes]:
+        """What the rows at hand are known by."""
+        found = []
+        for key in _hashes(self.sampler, start):
+            count = self._seen[key]
+            self._seen[key] += 1
+            found.append(key if not count else _hash(key, count))
+        return found
+
+    # -- file ---------------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """Writes all results, if there are new ones."""
+        if len(self._keys) == self._count:
+            return
+        keys = b"".join([*self._place, *self._keys])
+        state = {
+            "arguments": self.arguments,
+            "seed": self._seed,
+            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, KEY),
+            "results": torch.cat([self._known, *self._results]),
+            "probe": self._probe,
+        }
+        write(state, self.path)
+        self._written, self._count = time.monotonic(), len(self._keys)
+
+    def _read(self) -> None:
+        refusal = (
+            f"checkpoint: {self.path} was not written by an estimate of evidence(checkpoint=…). Try another name, or "
+            "delete it if it is an incomplete file."
+        )
+        saved = read(self.path, refusal)
+        if not (isinstance(saved, dict) and saved.keys() >= ENTRIES):
+            raise ValueError(refusal)
+        was, now = saved["arguments"], self.arguments
+        differ = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+        if differ:
+            written, given = (", ".join(f"{name}={values.get(name)!r}" for name in differ) for values in (was, now))
+            raise ValueError(
+                f"checkpoint: {self.path} was written with {written}; this call has {given}. Try the same arguments, "
+                "or another file."
+            )
+        self._seed, self._probe = saved["seed"], saved["probe"]
+        self._place = {bytes(key): i for i, key in enumerate(saved["keys"].numpy())}
+        self._known = saved["results"]
+        try:
+            again = _log_weight(self.sampler, self._probe)
+            same = torch.allclose(again, self._probe["log_weight"], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError):  # rows that this pair does not take
+            same = False
+        if not same:
+            raise ValueError(
+                f"checkpoint: {self.path} is of another model or guide, or of other weights: the rows that it keeps "
+                "have other log-weights now. Try the model and guide that it was written with, or another file."
+            )
+
+
+def _hash(*parts: Any) -> bytes:
+    found = blake2b(digest_size=KEY)
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else repr(part).encode())
+    return found.digest()
+
+
+def _hashes(sampler: ParticleSampler, start: int) -> Iterator[bytes]:
+    """A hash of each row at hand."""
+    rows = sampler.rows
+    if not rows.separable:
+        shared = _hash(*(_bytes(a) for a in (*rows.args, *rows.kwargs.values()) if isinstance(a, Tensor)))
+        yield from (_hash(shared, start + n) for n in range(sampler.num_points))
+        return
+    one = _own(sampler, slice(0, 1))
+    names = [f"{key} {tuple(x.shape[1:])} {x.dtype}" for key, x in one.items()]
+    for some in slices([x.expand(sampler.num_points, *x.shape[1:]) for x in one.values()]):
+        columns = [x.cpu() for x in _own(sampler, some).values()]
+        for i in range(some.stop - some.start):
+            yield _hash(*names, *(_bytes(x[i]) for x in columns))
+
+
+def _own(sampler: ParticleSampler, rows: slice) -> dict[Any, Tensor]:
+    """The arguments that have rows, cut to some of them."""
+    args, kwargs = sampler.rows.cut(rows)
+    return {key: x for key, x in (*enumerate(args), *kwargs.items()) if key in sampler.rows.cut_keys}
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _kept_rows(sampler: ParticleSampler) -> dict[str, Any]:
+    """Some rows from all over the data, to look at the pair with again."""
+    if not sampler.rows.separable:
+        return {"rows": None}
+    weight = sum(x.nbytes for x in _own(sampler, slice(0, 1)).values())
+    count = max(1, min(PROBED, sampler.num_points, PROBED_BYTES // max(1, weight)))
+    with sampler.rows.only(torch.linspace(0, sampler.num_points - 1, count).round().long()):
+        return {"rows": {key: x.detach().cpu().clone() for key, x in _own(sampler, slice(0, count)).items()}}
+
+
+def _log_weight(sampler: ParticleSampler, probe: Mapping[str, Any]) -> Tensor:
+    """The log-weight of a draw for each of the rows that are kept, on the same random numbers each time."""
+    own = probe["rows"]
+    with fork_random_state():
+        pyro.set_rng_seed(0)
+        if own is None:
+            return sampler.log_weight(1, sampler.chunks(1)[0][0], check=False).cpu()
+        args, kwargs = sampler.rows.cut(slice(0, 1))
+        device = sampler.layout.device
+        args = tuple(own[i].to(device) if i in own else a for i, a in enumerate(args))
+        kwargs = {name: own[name].to(device) if name in own else a for name, a in kwargs.items()}
+        with sampler.rows.using(args, kwargs):
+            return sampler.log_weight(1, slice(0, len(next(iter(own.values())))), check=False).cpu()
