@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 __all__ = ["Ranks", "alone", "ranks"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable)
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets in the environment
@@ -135,6 +136,28 @@ class Ranks:
         values = [value if self.is_first else None]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def first_does(self, function: Callable[[], T]) -> T:
+        """What a function returns or raises in the first rank, the only one that runs it."""
+        if not self.several:
+            return function()
+        found = error = None
+        if self.is_first:
+            try:
+                found = function()
+            except Exception as raised:  # whatever it is, the others have to know
+                error = raised
+        found, error = self.from_first((found, error))
+        if error is not None:
+            raise error
+        return found
+
+    def in_turns(self, items: Sequence[S], function: Callable[[S], T]) -> Iterator[tuple[S, T]]:
+        """Each item with what the function makes of it, in their order; the ranks take one each at a time."""
+        for i in range(0, len(items), self.size):
+            some = items[i : i + self.size]
+            own = function(some[self.rank]) if self.rank < len(some) else None
+            yield from zip(some, self.gather(own), strict=False)
 
     @_with_reason
     def gather(self, value: T) -> list[T]:

@@ -62,7 +62,7 @@ class Batches:
         if self.loader is not None:
             check_loader(data, name)
             self.num_rows = num_rows_of(data)
-            self.loader = shared_loader(data, self.ranks, name)
+            self.given, self.loader = data, shared_loader(data, self.ranks, name)
             return
         several = isinstance(data, (tuple, list, dict))
         items = data.items() if isinstance(data, dict) else enumerate(data if several else [data])

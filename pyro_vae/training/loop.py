@@ -150,19 +150,17 @@ def fit(
         schedule = None if scheduler is None else scheduler(optim)
         arguments = {
             "rows": batches.num_rows,
-            "batch_size": int(batch_size) if batches.loader is None else batches.loader.batch_size,
+            "batch_size": int(batch_size) if batches.loader is None else batches.given.batch_size,
             "seed": None if seed is None else int(seed),
             "learning_rate": rates[0] if len(rates) == 1 else rates,
             "scheduler": None if schedule is None else type(schedule).__name__,
             "loss": type(elbo).__name__,
         }
-        loaders = {b.name: b.loader for b in (batches, validation) if b is not None and b.loader is not None}
+        loaders = {b.name: b.given for b in (batches, validation) if b is not None and b.loader is not None}
         state = FitState(weights, steps, schedule, patience, arguments, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
-        with (
-            state.kept_in(checkpoint),
-            progress_bar(total, "", progress and group.is_first, unit="row", leave=True) as bar,
-        ):
+        show = progress and group.is_first
+        with state.kept_in(checkpoint), progress_bar(total, "", show, unit="row", leave=True) as bar:
             bar.update(len(state.result.loss) * (batches.num_rows or 0))
             try:
                 while len(state.result.loss) < num_epochs and not state.stalled:

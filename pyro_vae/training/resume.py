@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,8 @@ class FitState:
     ) -> None:
         self.weights, self.steps, self.schedule, self.patience = weights, steps, schedule, patience
         self.arguments, self.loaders = arguments, LoaderStates(loaders or {})
+        self._ranks = steps.batches.ranks
+        self._random = self._ranks.gather(random_state())
         self.result = FitResult()
         self.best: dict[str, Tensor] | None = None
         self._path: str | Path | None = None
@@ -71,6 +73,7 @@ class FitState:
 
     def end_epoch(self, loss: float, validation_loss: float | None) -> None:
         """Takes an epoch's losses, keeps its weights if they are the best, and moves the learning rate."""
+        self._random = self._ranks.gather(random_state())
         lowest = self.result.add_epoch(loss, validation_loss, self.steps.count)
         if lowest and self.patience is not None:
             self.best = map_tensors(_copy, self.weights.named_state(moved=True))
@@ -99,16 +102,17 @@ class FitState:
         if path is None:
             yield
             return
-        with hold(path):
-            self._path = path
-            if Path(path).exists():
-                self._resume(Path(path))
-            self._try_out()
+        self._path = path
+        with ExitStack() as held:
+            saved = self._ranks.first_does(lambda: self._open(Path(path), held))
+            if saved is not None:
+                self._resume(Path(path), saved)
+            self._ranks.first_does(self._try_out)
             yield
 
     def write(self, *, last: bool = False) -> None:
         """Writes the state after an epoch, at most every ten seconds but for the first and the last."""
-        if self._path is None:
+        if self._path is None or not self._ranks.is_first:
             return
         now = time.monotonic()
         due = last or now - self._written_at >= SECONDS_BETWEEN
@@ -146,7 +150,7 @@ class FitState:
 
     def _entries(self) -> dict[str, Any]:
         """The state, with the tensors themselves."""
-        cpu, cuda = random_state()
+        random = [{"cpu": cpu, "cuda": cuda} for cpu, cuda in self._random]
         losses = {name: value for name, value in vars(self.result).items() if name != "interrupted"}
         return {
             "weights": map_tensors(Tensor.detach, self.weights.named_state()),
@@ -157,17 +161,22 @@ class FitState:
             "steps": self.steps.count,
             "losses": losses,
             "arguments": self.arguments,
-            "random": {"cpu": cpu, "cuda": cuda},
+            "random": random,  # of each rank
             "loaders": self.loaders.state(),
         }
 
     # -- going on -----------------------------------------------------------------------------------------------------
 
-    def _resume(self, path: Path) -> None:
+    @staticmethod
+    def _open(path: Path, held: ExitStack) -> Any:
+        """Holds the file; what is in it, or None."""
+        held.enter_context(hold(path))
         try:
-            saved = read(path, "fit")
+            return read(path, "fit") if path.exists() else None
         except ValueError as error:
             raise ValueError(f"checkpoint: {error}") from error
+
+    def _resume(self, path: Path, saved: Any) -> None:
         now = self._entries()
         if not (isinstance(saved, dict) and saved.keys() == now.keys()):
             raise ValueError(f"checkpoint: {path} was not written by fit(checkpoint=…). Try another name.")
@@ -209,9 +218,12 @@ class FitState:
             return
         yield from what_does_not_fit(self.steps.optimizer, saved["optimizer"])
         yield from self._of_the_schedule(now["schedule"], saved["schedule"])
-        yield from not_a_state(torch.default_generator, saved["random"].get("cpu"), "random/cpu")
-        for i, (state, own) in enumerate(zip(saved["random"].get("cuda"), now["random"]["cuda"], strict=False)):
-            yield from differences(own, state, f"random/cuda/{i}")
+        for rank, random in enumerate(saved["random"]):
+            yield from not_a_state(torch.default_generator, random.get("cpu"), f"random/{rank}/cpu")
+            for i, (state, own) in enumerate(zip(random.get("cuda"), now["random"][0]["cuda"], strict=False)):
+                yield from differences(own, state, f"random/{rank}/cuda/{i}")
+        if not len(saved["random"]):
+            yield "random: expected the state of a random generator, got none"
         yield from differences(now["steps"], saved["steps"], "steps")
         yield from _wrong_losses(saved["losses"])
         yield from self.loaders.what_does_not_fit(saved["loaders"])
@@ -237,8 +249,12 @@ class FitState:
             self.best = map_tensors(lambda t: t.to(self.weights.device), saved["best"])
         elif self.patience is not None:
             self.result.best_epoch = None  # its weights were not kept: the best is looked for anew
-        cpu, cuda = saved["random"]["cpu"], saved["random"]["cuda"]
-        set_random_state((cpu, cuda[: torch.cuda.device_count()]))
+        same = len(saved["random"]) == self._ranks.size
+        random = saved["random"][self._ranks.rank if same else 0]
+        set_random_state((random["cpu"], random["cuda"][: torch.cuda.device_count()]))
+        if not same:
+            self._ranks.part_ways()
+        self._random = self._ranks.gather(random_state())
 
 
 def _wrong_losses(losses: Any) -> Iterator[str]:

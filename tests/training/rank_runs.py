@@ -196,19 +196,43 @@ def calibration():
     return {"p": float(found.p_value), "ranks": found.ranks["z"]}
 
 
-def killed():
-    """The second rank dies in the third epoch."""
+def killed(epoch=4):
+    """The second rank dies after some epochs."""
     pair = Autoencoder()
 
     def scheduler(optimizer):
-        def rate(epoch):
-            if epoch == 3 and ranks().rank == 1:
+        def rate(now):
+            if now == epoch and ranks().rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return 1.0
+            return 0.9**now
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
-    return pair.fit(num_epochs=8, scheduler=scheduler)
+    return pair.fit(num_epochs=8, scheduler=scheduler, checkpoint=CHECKPOINT)
+
+
+def resumed():
+    """The same call, whose second rank lives."""
+    return killed(epoch=None)
+
+
+def resumed_draws():
+    """What the ranks draw after a file that one process wrote."""
+    path = CHECKPOINT.with_name("draws.checkpoint")
+    if ranks().is_first:
+        with alone():
+            Autoencoder().fit(num_epochs=1, checkpoint=path)
+    ranks().gather(0)
+    pair = Autoencoder()
+    seen, guide = [], pair.guide
+
+    def guide_that_draws(x, noise):
+        seen.append(torch.randn(2))
+        guide(x, noise)
+
+    pair.guide = guide_that_draws
+    pair.fit(num_epochs=2, checkpoint=path, compile=False)
+    return seen[-1]
 
 
 def _message(function):
@@ -220,12 +244,15 @@ def _message(function):
 
 
 def main(folder, *names):
+    global CHECKPOINT
     torch.set_default_dtype(torch.float64)
+    CHECKPOINT = Path(folder) / "fit.checkpoint"
     if ranks().several:
         found = {name: globals()[name]() for name in names}
         torch.save(found, Path(folder) / f"{ranks().rank}.pt")
     if ranks().is_first:
         with alone():
+            CHECKPOINT = Path(folder) / "of_one.checkpoint"
             torch.save({name: globals()[name]() for name in names}, Path(folder) / "one.pt")
 
 

@@ -1,6 +1,7 @@
 """The same script under torchrun: two ranks end where one process does."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ RUNS = [
     "few_rows",
     "one_alone",
     "calibration",
+    "resumed_draws",
 ]
 
 
@@ -106,11 +108,29 @@ def test_simulations_are_shared_out(found):
     assert not torch.equal(first["ranks"][:200], first["ranks"][-200:])
 
 
-def test_a_dead_rank_ends_the_run(tmp_path):
-    """Within a minute, where it took seconds to start."""
+def test_ranks_draw_numbers_of_their_own_after_a_file_of_one_process(found):
+    first, second = (rank["resumed_draws"] for rank in found[2])
+    assert not torch.equal(first, second)
+
+
+def test_a_dead_rank_ends_the_run_which_goes_on_with_any_number(tmp_path):
+    """Within a minute, of which most is to start; on as many ranks to the bit, on one to rounding."""
     start = time.monotonic()
     out = run(tmp_path, "killed")
     assert out.returncode != 0
     assert time.monotonic() - start < 60
-    assert not list(tmp_path.iterdir())
     assert "Signal 9 (SIGKILL)" in out.stderr
+    assert "fit.checkpoint" in [path.name for path in tmp_path.iterdir()]
+    shutil.copy(tmp_path / "fit.checkpoint", tmp_path / "of_one.checkpoint")
+    (tmp_path / "whole").mkdir()
+    out = run(tmp_path / "whole", "resumed")
+    assert out.returncode == 0, out.stderr[-3000:]
+    out = run(tmp_path, "resumed")
+    assert out.returncode == 0, out.stderr[-3000:]
+    files = [tmp_path / "whole" / "0.pt", *(tmp_path / f"{name}.pt" for name in ("0", "1", "one"))]
+    whole, first, second, one = (torch.load(file, weights_only=False)["resumed"] for file in files)
+    assert len(whole["loss"]) == 8
+    assert whole["loss"] == first["loss"]
+    for weights in (first["weights"], second["weights"]):
+        assert all(map(torch.equal, whole["weights"], weights))
+    assert largest_difference(whole["weights"], one["weights"]) < 1e-9
