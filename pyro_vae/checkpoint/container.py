@@ -25,7 +25,7 @@ __all__ = ["pack", "read", "read_bytes", "unpack", "write"]
 
 VERSION = 1
 RECORD, MARK, DIGITS = "pyro_vae.json", b"pyro_vae sha256 ", 64
-WRITERS = {"weights": "save_weights", "fit": "fit(checkpoint=…)"}
+WRITERS = {"weights": "save_weights", "fit": "fit(checkpoint=…)", "evidence": "an estimate of evidence(checkpoint=…)"}
 
 
 def write(state: Any, path: str | Path, kind: str = "weights", *, trial: bool = False) -> None:

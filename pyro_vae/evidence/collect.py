@@ -15,9 +15,11 @@ from pyro_vae.evidence.finished import Finished
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.evidence.portions import Portions
 from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.seeds import from_seed
 from pyro_vae.pairs.validity import check_density
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.progress import progress_bar
+from pyro_vae.ranks import ranks
 
 __all__ = ["collect"]
 
@@ -41,6 +43,8 @@ def collect(
     options: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Evidence from log-weights, for chunks of rows and of particles.
+
+    Each chunk of rows draws from a seed of its own, so that several ranks, which take turns, get the results of one.
 
     Args:
         sampler: of the pair.
@@ -79,21 +83,28 @@ def collect(
             bar.update(log_weight.numel())
         return torch.stack([*summary.result(), summary.num_zero.double()], 1)
 
-    parts = []
+    def plain(rows: slice, start: int, counts: list[int]) -> Tensor:
+        with from_seed(seed, start + rows.start):
+            found = estimate(rows, counts)
+        return found.cpu() if group.several else found
+
+    parts, group = [], ranks()
+    group.agree(method, rows=sampler.num_points, num_particles=num_particles, chunk_size=chunk_size)
+    seed = group.from_first(int(torch.randint(2**62, ())))
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-        finished = Finished(checkpoint, known | dict(options or {}), sampler)
+        finished = Finished(checkpoint, known | dict(options or {}), sampler, group)
         total = portions.num_rows if portions.loader is not None else sampler.num_points
-        total = None if total is None else total * num_particles
-        with progress_bar(total, method.replace("_", " "), progress) as bar, finished:
+        total = None if total is None else total * num_particles // group.size
+        with progress_bar(total, method.replace("_", " "), progress and group.is_first) as bar, finished:
             for start in portions.through(sampler):
                 rows, counts = sampler.chunks(
                     max(1, num_particles - exact), chunk_size, tensors=tensors, together=together
                 )
                 with portions.counted_from(start):
                     if checkpoint is None:
-                        parts += [estimate(r, counts) for r in rows]
+                        parts += [f for _, f in group.in_turns(rows, partial(plain, start=start, counts=counts))]
                     else:
                         passes = partial(estimate, counts=counts)
                         parts.append(finished.complete(rows, start, passes, lambda n: bar.update(n * num_particles)))
-    value, error, ess, khat, num_zero = torch.cat(parts).unbind(1)
+    value, error, ess, khat, num_zero = torch.cat(parts).to(sampler.layout.device).unbind(1)
     return Evidence(value, error, ess, khat, num_particles, bound, method, num_zero.long(), bounded)

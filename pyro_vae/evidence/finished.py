@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_vae.checkpoint import read, write
+from pyro_vae.checkpoint.container import read, write
+from pyro_vae.checkpoint.held import hold
 from pyro_vae.pairs.arrays import slices
 from pyro_vae.pairs.modes import fork_random_state
+from pyro_vae.pairs.seeds import from_seed
 from pyro_vae.particles.sampler import ParticleSampler
+from pyro_vae.ranks import Ranks
 
 __all__ = ["Finished"]
 
@@ -45,13 +49,16 @@ class Finished:
         path: of the file; None keeps nothing.
         arguments: of the estimate, plain values by name, which have to be the same when it goes on.
         sampler: of the pair, with the first rows.
+        ranks: that share out the rows; the first of them writes.
 
     Raises:
         ValueError: the file is of other arguments, of another model or guide, or none of these. It is not changed then.
     """
 
-    def __init__(self, path: str | Path | None, arguments: Mapping[str, Any], sampler: ParticleSampler) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(
+        self, path: str | Path | None, arguments: Mapping[str, Any], sampler: ParticleSampler, ranks: Ranks
+    ) -> None:
+        self.path, self.ranks = None if path is None else Path(path), ranks
         self.arguments, self.sampler = dict(arguments), sampler
         self._written, self._count = -math.inf, 0
         self._seen: Counter[bytes] = Counter()
@@ -59,22 +66,28 @@ class Finished:
         self._known = torch.zeros(0, RESULTS, dtype=torch.double)
         self._keys: list[bytes] = []  # of new rows
         self._results: list[Tensor] = []
+        self._held = ExitStack()
         if self.path is None:
             return
-        if not self.path.parent.is_dir():
-            raise ValueError(f"checkpoint: {self.path.parent} is no folder. Try to make it first.")
-        if self.path.exists():
-            self._read()
-        else:
-            self._seed = int(torch.randint(2**62, ()))
-            self._probe = _kept_rows(sampler)
-            self._probe["log_weight"] = _log_weight(sampler, self._probe)
+        try:
+            saved = ranks.first_does(self._open)
+            if saved is None:
+                self._seed = ranks.from_first(int(torch.randint(2**62, ())))
+                self._probe = _kept_rows(sampler)
+                self._probe["log_weight"] = _log_weight(sampler, self._probe)
+            else:
+                self._go_on_from(saved)
+            ranks.first_does(lambda: write(self._entries(), self.path, "evidence", trial=True))
+        except BaseException:
+            self._held.close()
+            raise
 
     def __enter__(self) -> Finished:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._write()  # also what was done before an error, or before somebody interrupted it
+        with self._held:
+            self._write()  # also what was done before an error, or before somebody interrupted it
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -102,26 +115,28 @@ class Finished:
         if not len(left):
             return found
         if self.sampler.rows.separable:
+            parts = left.split(size := rows[0].stop - rows[0].start)
+            passes = [(slice(i * size, i * size + len(places)), places) for i, places in enumerate(parts)]
             with self.sampler.rows.only(left):
-                for i, places in enumerate(left.split(size := rows[0].stop - rows[0].start)):
-                    self._estimate(slice(i * size, i * size + len(places)), places, found, keys, estimate)
+                self._estimate(passes, found, keys, estimate)
         else:
-            for r in rows:
-                if not done[r].all():
-                    self._estimate(r, torch.arange(r.start, r.stop), found, keys, estimate)
+            passes = [(r, torch.arange(r.start, r.stop)) for r in rows if not done[r].all()]
+            self._estimate(passes, found, keys, estimate)
         return found
 
     def _estimate(
-        self, rows: slice, places: Tensor, found: Tensor, keys: list[bytes], estimate: Callable[[slice], Tensor]
+        self, passes: list[tuple[slice, Tensor]], found: Tensor, keys: list[bytes], estimate: Callable[[slice], Tensor]
     ) -> None:
-        own = [keys[i] for i in places.tolist()]
-        with fork_random_state():
-            pyro.set_rng_seed(int.from_bytes(_hash(self._seed, *own)[:4], "big"))
-            found[places] = estimate(rows).cpu()
-        self._keys += own
-        self._results.append(found[places])
-        if time.monotonic() - self._written >= SECONDS_BETWEEN:
-            self._write()
+        def run(one: tuple[slice, Tensor]) -> Tensor:
+            with from_seed(self._seed, *(keys[i] for i in one[1].tolist())):
+                return estimate(one[0]).cpu()
+
+        for (_, places), results in self.ranks.in_turns(passes, run):
+            found[places] = results
+            self._keys += [keys[i] for i in places.tolist()]
+            self._results.append(results)
+            if time.monotonic() - self._written >= SECONDS_BETWEEN:
+                self._write()
 
     def _keys_of_rows(self, start: int) -> list[bytes]:
         """What the rows at hand are known by."""
@@ -136,27 +151,32 @@ class Finished:
 
     def _write(self) -> None:
         """Writes all results, if there are new ones."""
-        if len(self._keys) == self._count:
+        if len(self._keys) == self._count or not self.ranks.is_first:
             return
+        write(self._entries(), self.path, "evidence")
+        self._written, self._count = time.monotonic(), len(self._keys)
+
+    def _entries(self) -> dict[str, Any]:
         keys = b"".join([*self._place, *self._keys])
-        state = {
+        return {
             "arguments": self.arguments,
             "seed": self._seed,
-            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).reshape(-1, KEY),
+            "keys": torch.tensor(list(keys), dtype=torch.uint8).reshape(-1, KEY),
             "results": torch.cat([self._known, *self._results]),
             "probe": self._probe,
         }
-        write(state, self.path)
-        self._written, self._count = time.monotonic(), len(self._keys)
 
-    def _read(self) -> None:
-        refusal = (
-            f"checkpoint: {self.path} was not written by an estimate of evidence(checkpoint=…). Try another name, or "
-            "delete it if it is an incomplete file."
-        )
-        saved = read(self.path, refusal)
-        if not (isinstance(saved, dict) and saved.keys() >= ENTRIES):
-            raise ValueError(refusal)
+    def _open(self) -> Any:
+        """Holds the file; what is in it, or None."""
+        self._held.enter_context(hold(self.path))
+        try:
+            return read(self.path, "evidence") if self.path.exists() else None
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {error}") from error
+
+    def _go_on_from(self, saved: Any) -> None:
+        if not (isinstance(saved, dict) and saved.keys() == ENTRIES):
+            raise ValueError(f"checkpoint: {self.path} has not what an estimate of evidence writes. Try another name.")
         was, now = saved["arguments"], self.arguments
         differ = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
         if differ:

@@ -16,7 +16,7 @@ import torch
 from pyro.infer.autoguide import AutoDelta
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pyro_vae import fit
+from pyro_vae import adaptive_importance_sampling, fit, importance_sampling
 from pyro_vae.diagnostics import simulation_based_calibration
 from pyro_vae.ranks import alone, ranks
 
@@ -58,6 +58,12 @@ class Autoencoder:
         with pyro.plate("data", len(x)):
             h = self.encoder(x)
             pyro.sample("z", Given(h[:, :2], h[:, 2:].exp(), noise).to_event(1))
+
+    def own_guide(self, x, noise):
+        """One that draws."""
+        with pyro.plate("data", len(x)):
+            h = self.encoder(x)
+            pyro.sample("z", dist.Normal(h[:, :2], h[:, 2:].exp()).to_event(1))
 
     @property
     def weights(self):
@@ -194,6 +200,26 @@ def calibration():
     pyro.set_rng_seed(ranks().rank)
     found = simulation_based_calibration(model, guide, torch.zeros(50), num_simulations=401, progress=False)
     return {"p": float(found.p_value), "ranks": found.ranks["z"]}
+
+
+def evidence():
+    """In chunks of seven rows, of arguments and of a loader, and in a file that goes on."""
+    pair = Autoencoder()
+    pyro.set_rng_seed(1)
+    options = {"num_particles": 30, "progress": False, "seed": 2, "chunk_size": 210}
+    found = {
+        estimator.__name__: estimator(pair.model, pair.own_guide, pair.x[:60], pair.noise[:60], **options).log_evidence
+        for estimator in (importance_sampling, adaptive_importance_sampling)
+    }
+    rows = TensorDataset(pair.x[:60], pair.noise[:60])
+    of_loader = importance_sampling(pair.model, pair.own_guide, DataLoader(rows, 25), **options)
+    path = CHECKPOINT.with_suffix(".evidence")
+    kept = [
+        importance_sampling(pair.model, pair.own_guide, pair.x[:n], pair.noise[:n], checkpoint=path, **options)
+        for n in (20, 60)
+    ]
+    assert torch.equal(kept[0].log_evidence, kept[1].log_evidence[:20])
+    return {**found, "loader": of_loader.log_evidence, "kept": kept[1].log_evidence}
 
 
 def killed(epoch=4):

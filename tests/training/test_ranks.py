@@ -25,6 +25,7 @@ RUNS = [
     "few_rows",
     "one_alone",
     "calibration",
+    "evidence",
     "resumed_draws",
 ]
 
@@ -98,6 +99,16 @@ def test_one_alone_does_as_one_process(found):
     (one,), (first, second) = ([ranks["one_alone"] for ranks in found[n]] for n in (1, 2))
     assert second is None
     assert all(map(torch.equal, one["weights"], first["weights"]))
+
+
+def test_evidence_is_that_of_one_process(found):
+    """To the bit, in the order of the rows."""
+    (one,), others = ([ranks["evidence"] for ranks in found[n]] for n in (1, 2))
+    for other in others:
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(len(value) == 60 for value in one.values())
+    assert largest_difference([one["importance_sampling"]], [one["kept"]]) < 3.0
+    assert not torch.equal(one["importance_sampling"], one["kept"])
 
 
 def test_simulations_are_shared_out(found):
