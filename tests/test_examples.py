@@ -65,6 +65,7 @@ SCRIPTS = [
     "prior_vae",
     "priors",
     "semi_supervised",
+    "set_encoder",
     "stacked_autoencoder",
     "supervised_groups",
 ]

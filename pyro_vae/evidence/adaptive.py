@@ -85,8 +85,8 @@ def adaptive_importance_sampling(
     A fit takes `num_steps` × max(16, D + 14) gradients of the log-joint, each of which costs as much as about three
     weights, and 300 weights. Its own arithmetic is of order D³ for each point and step. Continuous latents may have any
     support. Discrete latents must be marked by `pyro.infer.config_enumerate`, and are summed out. If q has auxiliary
-    variables that are no unconstrained coordinates of its latents, its density is not known; the fit then starts at q,
-    but q is not a part of the mixture.
+    variables that are no unconstrained coordinates of its latents, or is a flow without an inverse, its density is not
+    known; the fit then starts at q, but q is not a part of the mixture.
 
     References:
         Salimans & Knowles (2013), Bayesian Analysis 8(4), section 4.

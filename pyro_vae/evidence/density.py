@@ -55,10 +55,12 @@ class LatentDensity:
         if not self.dim:
             raise ValueError("the model has no continuous latent. Try importance_sampling, which needs none.")
 
-    @property
+    @cached_property
     def knows_guide(self) -> bool:
-        """Whether q(u|x) can be evaluated: a guide with auxiliary variables that do not follow from its latents can
-        only be drawn from."""
+        """Whether q(u|x) can be evaluated: a guide with auxiliary variables that do not follow from its latents, or
+        with a flow without an inverse, can only be drawn from."""
+        if _one_way(self._guide_trace, self._drawn):
+            return False
         return self._drawn <= self.sampler.pair.latents or self._preimages is not None
 
     @property
@@ -145,6 +147,13 @@ class LatentDensity:
         return prior + log_det, likelihood, log_det, {name: site["value"] for name, site in sites.items()}
 
     def _log_posterior(self, latents: dict[str, Tensor], u: Tensor) -> Tensor:
+        one_way = [] if self.knows_guide else _one_way(self._guide_trace, self._drawn)
+        if one_way:
+            raise ValueError(
+                f"sites {one_way} of the guide are flows without an inverse, so that their density is known at "
+                "their own draws only; expected a density at any point. Try adaptive_importance_sampling, annealing "
+                "from there, or a flow with an inverse, such as affine_autoregressive."
+            )
         if not self.knows_guide:
             raise ValueError(
                 f"the guide draws {sorted(self._drawn - self.sampler.pair.latents)}, which are no latents of the "
@@ -183,3 +192,15 @@ def continuous_latents(model_trace: Any, discrete: set[str]) -> dict[str, dict]:
                 "out. Try pyro.infer.config_enumerate on model and guide, or importance_sampling with its defaults."
             )
     return latents
+
+
+def _one_way(guide_trace: Any, names: set[str]) -> list[str]:
+    """Sites of a guide that score nothing but their own draws: flows without an inverse."""
+    found = []
+    for name in sorted(names):
+        site = guide_trace.nodes[name]
+        try:
+            site_log_prob({**site, "value": site["value"].clone()})
+        except (NotImplementedError, KeyError):
+            found.append(name)
+    return found

@@ -60,13 +60,10 @@ def gaussian_of(density: LatentDensity) -> tuple[Arrow, Tensor]:
 
 
 def _gradient(density: LatentDensity, u: Tensor) -> Tensor | None:
-    """∇ log q(u|x), (K, N, D); None where there is none, as of a flow without an inverse."""
+    """∇ log q(u|x), (K, N, D); None where there is none."""
     with torch.enable_grad():
         leaf = u.detach().nan_to_num().requires_grad_()
-        try:
-            log_q = density.log_all(leaf)[2]
-        except (NotImplementedError, KeyError):  # it scores nothing but its own draws
-            return None
+        log_q = density.log_all(leaf)[2]
         return torch.autograd.grad(log_q.sum(), leaf, allow_unused=True)[0] if log_q.requires_grad else None
 
 

@@ -145,6 +145,8 @@ class AmortizedNormal(_Gaussian):
 
     Each call runs the model too, up to its last latent: what a model counts or averages there (BatchNorm in a prior)
     moves twice in a step. Sites have the masks and scales of the model's, those of handlers around the model included.
+    An `AutoGuideList` takes medians of what is no autoguide of Pyro's from a function: append
+    `AutoCallable(model, guide, guide.median)`, of a guide with `outside=None`.
 
     Args:
         model: a Pyro model, with the data points in a plate called `plate`.
@@ -160,9 +162,10 @@ class AmortizedNormal(_Gaussian):
         name: of the weights in Pyro's parameter store; default: that of the class.
 
     Raises:
-        ValueError: at the first call: no such plate, or a Python loop; a discrete latent that is not marked for
-            enumeration; a site that comes and goes; a support without a bijection; a network that does not take the
-            rows, or another number of rows than the plate has.
+        ValueError: at the first call, as a model shows its latents, and `inputs` the width of rows, no sooner than it
+            has arguments: no such plate, or a Python loop; a discrete latent that is not marked for enumeration; a site
+            that comes and goes; a support without a bijection; a network that does not take the rows, or another number
+            of rows than the plate has. At any call, where Pyro validates: features that are not finite.
         TypeError: something that cannot be called.
 
     Example:

@@ -180,6 +180,9 @@ class RowGuide(nn.Module):
         if self.outside is None:
             return {}
         if hasattr(self.outside, "median"):
+            if getattr(self.outside, "prototype_trace", self) is None:  # Pyro's know nothing before their first call
+                with torch.enable_grad():
+                    self.outside(*args, **kwargs)
             return self.outside.median(*args, **kwargs)
         with Capture(self.latents.outside) as capture:
             self.outside(*args, **kwargs)

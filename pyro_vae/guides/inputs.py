@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor, nn
 
 __all__ = ["PlateRows", "features_of", "first_tensor"]
@@ -57,7 +58,7 @@ def features_of(network: Callable, rows: Any, guide: str, plate: PlateRows | Non
 
     Raises:
         ValueError: another number of rows than the plate has, rows of another width than the network takes, or an
-            output that is not (N, F).
+            output that is not (N, F) or, where Pyro validates, not finite.
     """
     rows = rows if isinstance(rows, tuple) else (rows,)
     for r in rows:
@@ -98,7 +99,26 @@ def features_of(network: Callable, rows: Any, guide: str, plate: PlateRows | Non
             f"{guide}: network: expected features of shape ({len(rows[0])}, width), a row for each data point, got "
             f"{got}. Try nn.Flatten() at its end."
         )
+    if is_validation_enabled():  # as Pyro asks its distributions
+        _check_finite(features, rows, guide)
     return features
+
+
+def _check_finite(features: Tensor, rows: tuple[Tensor, ...], guide: str) -> None:
+    bad = ~features.isfinite().all(1)
+    if not bad.any():
+        return
+    first = int(bad.nonzero()[0])
+    finite = all(bool(r[bad].isfinite().all()) for r in rows)
+    advice = (
+        "a look at the weights: where training lost them, a lower learning rate, or clip_norm=10.0 in `fit`"
+        if finite
+        else "to fill these rows in, or to drop them; for missing values, MaskedInput(network)"
+    )
+    raise ValueError(
+        f"{guide}: network: expected finite features, got NaN or infinite ones in {int(bad.sum())} of {len(bad)} rows, "
+        f"the first at row {first}{'' if finite else ', where its inputs are NaN or infinite'}. Try {advice}."
+    )
 
 
 def _embeds(network: Any) -> bool:

@@ -102,8 +102,9 @@ class _Run:
         try:
             return look(model, nothing, self.args, self.kwargs, values=values)
         except NotImplementedError as error:  # such as an ImproperUniform
+            reason = str(error).split("\n")[0].strip(" .") or "one of its distributions has no sampler"
             raise ValueError(
-                f"{self.guide}: the model cannot be drawn from: {error}. Expected priors with draws, which say where "
+                f"{self.guide}: the model cannot be drawn from: {reason}. Expected priors with draws, which say where "
                 "latents lie. Try proper priors, or one of Pyro's autoguides."
             ) from error
 

@@ -15,7 +15,7 @@ from pyro_vae.guides.latents import Latent
 from pyro_vae.guides.sites import acts_on_elements
 from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.layout import Layout
-from pyro_vae.pairs.modes import evaluation_mode
+from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.supports import bijection
@@ -67,10 +67,13 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
 
 
 def _sampler(guide: Any, args: tuple, kwargs: dict[str, Any]) -> ParticleSampler:
-    guide.set_up(args, kwargs)
-    model = guide.model
-    if guide.outside is None:  # latents outside of the plate have another guide, which is not asked
-        model = poutine.block(model, hide=list(guide.latents.outside))
+    guide.get_posterior(*args, **kwargs)  # says which rows are not finite, where Pyro validates
+    model, elsewhere = guide.model, list(guide.latents.outside)
+    if guide.outside is None and elsewhere:  # they have another guide, which is not asked: any value will do
+        with poutine.block(), torch.no_grad(), fork_random_state(), evaluation_mode(model):
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        values = {name: trace.nodes[name]["value"] for name in elsewhere}
+        model = poutine.block(poutine.condition(model, values), hide=elsewhere)
     return ParticleSampler(model, guide, args, kwargs, plate=guide.plate, outside=True)
 
 

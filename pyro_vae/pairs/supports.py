@@ -6,14 +6,15 @@ when it is not asked to validate: a number (Exponential, Weibull), or NaN (Gamma
 
 from __future__ import annotations
 
-from math import pi
+from itertools import takewhile
+from math import inf, pi
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
-from torch.distributions import Independent, MixtureSameFamily, biject_to
+from torch.distributions import AffineTransform, Independent, MixtureSameFamily, TransformedDistribution, biject_to
 
 __all__ = ["bijection", "inside_support", "support_of"]
 
@@ -30,7 +31,8 @@ def support_of(fn: Any) -> Any:
     """The support of a distribution; None where it does not say.
 
     Angles are in [−π, π], where Pyro draws them, and not on the real line that torch declares, on which a periodic
-    density is not normalised. A mixture has the support of its components where all of them have the same.
+    density is not normalised. A mixture has the support of its components where all of them have the same, and a
+    shifted or scaled distribution that of its base shifted and scaled, where torch has the real line again.
     """
     if isinstance(fn, Independent):
         base = support_of(fn.base_dist)
@@ -42,6 +44,10 @@ def support_of(fn: Any) -> Any:
         return constraints.independent(angles, 1) if len(fn.event_shape) else angles
     if isinstance(fn, MixtureSameFamily):
         support = _of_all_components(support_of(fn.component_distribution))
+        if support is not None:
+            return support
+    if isinstance(fn, TransformedDistribution) and type(fn).support is TransformedDistribution.support:
+        support = _affine_image(fn)
         if support is not None:
             return support
     try:
@@ -97,6 +103,31 @@ def bijection(name: str, fn: Any) -> Any:
             "importance_sampling with its defaults, which needs none, or a latent in R^d of which this one is a "
             "function (for a sphere: poutine.reparam with pyro.infer.reparam.ProjectedNormalReparam)."
         ) from error
+
+
+def _affine_image(fn: Any) -> Any:
+    """The support of a distribution whose last transforms are affine maps of bounded numbers; None of others."""
+    affine = list(takewhile(lambda t: isinstance(t, AffineTransform), reversed(fn.transforms)))
+    before = fn.transforms[: len(fn.transforms) - len(affine)]
+    base = before[-1].codomain if before else support_of(fn.base_dist)
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if not affine or not isinstance(base, INTERVALS):
+        return None
+    ends = getattr(base, "lower_bound", -inf), getattr(base, "upper_bound", inf)
+    low, high = (torch.as_tensor(end) for end in ends)
+    for t in reversed(affine):
+        images = t.loc + t.scale * low, t.loc + t.scale * high
+        low, high = torch.minimum(*images), torch.maximum(*images)
+    if hasattr(base, "lower_bound") and hasattr(base, "upper_bound"):
+        support = constraints.interval(low, high)
+    elif low.isfinite().all():
+        support = constraints.greater_than(low)
+    elif high.isfinite().all():
+        support = constraints.less_than(high)
+    else:  # some rows are bounded below, others above
+        return None
+    return constraints.independent(support, len(fn.event_shape)) if fn.event_shape else support
 
 
 def _of_all_components(support: Any, dim: int = -1) -> Any:

@@ -1,11 +1,13 @@
 """Guides over auxiliary variables with their log-determinant have the numbers of the same guides without."""
 
 import math
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.transforms import block_autoregressive, planar
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from torch.distributions import biject_to, constraints
 
@@ -18,6 +20,7 @@ from pyro_vae import (
     sandwich,
     simulate,
 )
+from pyro_vae.diagnostics import inference_gaps
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.particles.sampler import ParticleSampler
 
@@ -198,3 +201,31 @@ def test_upper_bounds_are_above():
     upper = importance_sampling(model, by_hand, x, num_particles=10, exact_draw=simulation.latents, **QUIET)
     assert lower.log_evidence.mean() < exact.mean() < upper.log_evidence.mean()
     assert upper.log_evidence.mean() - lower.log_evidence.mean() < 0.2
+
+
+@pytest.mark.parametrize("transform", [planar, block_autoregressive])
+def test_a_flow_without_an_inverse_is_drawn_from_only(transform):
+    """It scores its own draws alone: the fit starts at it, and what needs its density elsewhere says so."""
+    torch.manual_seed(0)
+    flow, x = transform(2), torch.randn(6, 2)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.TransformedDistribution(dist.Normal(0.8 * x, 0.5).to_event(1), [flow]))
+
+    exact = dist.Normal(0.0, 1.25**0.5).log_prob(x).sum(-1)
+    found = adaptive_importance_sampling(model, guide, x, num_particles=1000, seed=0, progress=False)
+    assert ((found.log_evidence - exact).abs() < 5 * found.standard_error + 1e-4).all()
+    gaps = inference_gaps(model, guide, x, num_particles=500, seed=0, progress=False)
+    assert (gaps.approximation.abs() < 5 * gaps.approximation_error + 0.01).all()
+    for estimate in (
+        partial(importance_sampling, defensive=0.2),
+        partial(annealed_importance_sampling, num_temperatures=3),
+    ):
+        with pytest.raises(ValueError, match=r"sites \['z'\] of the guide are flows without an inverse.*Try adaptive"):
+            estimate(model, guide, x, num_particles=10, progress=False)

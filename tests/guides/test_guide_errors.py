@@ -1,6 +1,7 @@
 """What guides refuse: where, expected, got, try; and that a refusal leaves nothing behind."""
 
 from contextlib import ExitStack
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from pyro_vae.guides import AmortizedFlow, AmortizedMultivariateNormal, AmortizedNormal
-from pyro_vae.networks import MLP
+from pyro_vae.networks import MLP, MaskedInput
 
 GUIDES = [AmortizedNormal, AmortizedMultivariateNormal, AmortizedFlow]
 guides = pytest.mark.parametrize("make", GUIDES)
@@ -269,6 +270,35 @@ def test_all_rows_in_an_order_of_the_plate():
 def test_rows_of_another_dtype():
     with pytest.raises(TypeError, match=r"expected rows of torch.float32, the dtype of the network, got torch.float64"):
         AmortizedNormal(model, MLP(1, [4]))(torch.zeros(3, 1, dtype=torch.float64))
+
+
+@guides
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite(make, value):
+    """In each call where Pyro validates, before one of its distributions sees them."""
+    x = torch.randn(6, 1)
+    for called in (False, True):
+        guide, bad = make(model, nn.Linear(1, 4)), x.clone()
+        if called:
+            guide(x)
+        bad[3:5] = value
+        message = (
+            rf"{make.__name__}: network: .*2 of 6 rows, the first at row 3, where its inputs are NaN or infinite.*Try"
+        )
+        for call in (guide, guide.median, guide.get_posterior, partial(Trace_ELBO().loss, model, guide)):
+            with pytest.raises(ValueError, match=message):
+                call(bad)
+    guide.network = nn.Sequential(MaskedInput(nn.Linear(2, 4)))
+    assert guide.get_posterior(torch.full((6, 1), torch.nan)).sample().isfinite().all()
+
+
+def test_weights_that_are_not_finite():
+    guide = AmortizedNormal(model, nn.Linear(1, 4))
+    guide(torch.zeros(3, 1))
+    with torch.no_grad():
+        guide.network.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"in 3 of 3 rows, the first at row 0. Try a look at the weights"):
+        guide(torch.zeros(3, 1))
 
 
 def test_a_network_that_samples():

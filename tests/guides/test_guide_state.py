@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 from pyro.infer import SVI, Trace_ELBO
-from test_guide_errors import model, rows
+from test_guide_errors import model, rows, shared
 from torch import nn
 
 from pyro_vae import importance_sampling
@@ -45,6 +45,16 @@ def test_looking_changes_no_random_state():
     guide.quantiles([0.1, 0.9], x)
     guide.sample_posterior(x, num_samples=3, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", ["get_posterior", "median", "sample_posterior"])
+def test_any_call_may_be_the_first(method):
+    """Also with an autoguide outside, which knows nothing before a call of its own."""
+    x = torch.zeros(3, 1)
+    guide = AmortizedNormal(shared, MLP(1, [4]), given=["centre"])
+    getattr(guide, method)(x)
+    assert guide.median(x).keys() == {"centre", "z"}
+    assert all(p.requires_grad and p.is_leaf for p in guide.outside.parameters())
 
 
 def test_what_is_observed_outside_of_the_plate_is_a_constant():

@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import Predictive, ReweightedWakeSleep, TraceGraph_ELBO
+from pyro.infer import SVI, Predictive, ReweightedWakeSleep, Trace_ELBO, TraceGraph_ELBO
+from pyro.infer.autoguide import AutoCallable, AutoGuideList, AutoNormal
+from torch import nn
 
 from pyro_vae import (
     adaptive_importance_sampling,
@@ -69,3 +72,24 @@ def test_usage_and_pyros_own(guide, case):
         pyro.clear_param_store()
         objective.loss_and_grads(case.model, guide, *case.args)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in guide.head.parameters())
+
+
+@every
+def test_in_a_list_of_pyros_autoguides(guide):
+    """Pyro's list asks what is no autoguide of its own for nothing but draws, unless it is told of a median."""
+
+    def model(x):
+        centre = pyro.sample("centre", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(centre, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+    x = torch.zeros(3, 1)
+    local = GUIDES[guide](model, nn.Linear(1, 4), outside=None)
+    both = AutoGuideList(model)
+    both.append(AutoNormal(pyro.poutine.block(model, expose=["centre"])))
+    both.append(AutoCallable(model, local, local.median))
+    before = SVI(model, both, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(x)
+    assert before > 0
+    assert both.median(x).keys() == {"centre", "z"}
+    assert torch.equal(both.median(x)["z"], local.median(x)["z"])
