@@ -1,8 +1,8 @@
 """Damaged files: what happens when each of many is loaded.
 
 Weights (both formats) and checkpoints of a fit are cut off, flipped, zeroed, given tensors of other shapes and dtypes,
-pickles that would run code, and states that an optimizer cannot go on from; where a checksum can be made to fit, it is. A
-file is to be refused, with its name and a reason, and nothing changed; or it gives the same result to the bit.
+pickles that would run code, and states that an optimizer cannot go on from; where a checksum can be made to fit, it is.
+A file is to be refused, with its name and a reason, and nothing changed; or it gives the same result to the bit.
 
     python benchmarks/damaged_files.py [--cases 600]
 """
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae import VAE, fit
-from pyro_vae.checkpoint import container, load_weights, save_weights
+from pyro_vae.checkpoint import container, load_weights, save_weights, tensors
 from pyro_vae.distributions import ConditionalNormal, StandardNormal
 from pyro_vae.networks import MLP
 
@@ -145,9 +145,7 @@ def state_of(kind: str) -> Any:
 def packed(kind: str, state: Any) -> bytes:
     """A file with this state and a checksum that fits."""
     if kind == "safetensors":
-        from pyro_vae.checkpoint import tensors
-
-        return bytes(tensors.pack(state, "file"))
+        return tensors.pack(state, "file")
     return bytes(container.pack(state, "fit" if kind == "fit" else "weights"))
 
 
@@ -248,10 +246,8 @@ def _drop(state: dict, rng: Rng) -> None:
 
 
 CRAFTED = [
-    *map(
-        _set_moment, (lambda t: torch.zeros(2), lambda t: t.double(), lambda t: t[None], lambda t: None, lambda t: 1.0)
-    ),
-    *map(_set_moment, (lambda t: t.int(), lambda t: t.to_sparse(), lambda t: torch.zeros(10**6).expand(3, -1))),
+    *map(_set_moment, (lambda t: torch.zeros(2), lambda t: t[None], lambda t: torch.zeros(10**6).expand(3, -1))),
+    *map(_set_moment, (torch.Tensor.double, torch.Tensor.int, torch.Tensor.to_sparse, lambda t: None, lambda t: 1.0)),
     _drop,
     _set("optimizer.state.0.step", torch.tensor(math.nan)),
     _set("optimizer.state.0.step", torch.zeros(5)),
@@ -292,9 +288,6 @@ def case(i: int, folder: Path) -> tuple[str, str, bytes]:
     return kind, damage.__name__, damage(kind, rng, folder)
 
 
-# -- many -------------------------------------------------------------------------------------------------------------
-
-
 def child(start: int, stop: int, log: Path) -> None:
     """Loads file after file; the log has a line of each that is begun and of each that is done."""
     with tempfile.TemporaryDirectory() as folder:
@@ -313,9 +306,9 @@ def report(cases: list[list]) -> str:
     lines = [
         "# Damaged files",
         "",
-        f"{len(cases)} files, loaded one by one (`benchmarks/damaged_files.py`, seeds 0 to {len(cases) - 1}): half of them "
-        "checkpoints of `fit`, a quarter each weights in torch's format and in that of safetensors. Shapes, dtypes, names, "
-        "code and crafted states come with a checksum that fits.",
+        f"{len(cases)} files, loaded one by one (`benchmarks/damaged_files.py`, seeds 0 to {len(cases) - 1}): half "
+        "of them checkpoints of `fit`, a quarter each weights in torch's format and in that of safetensors. Shapes, "
+        "dtypes, names, code and crafted states come with a checksum that fits.",
         "",
         f"| damage | {' | '.join(OUTCOMES)} |",
         f"|---|{'--:|' * len(OUTCOMES)}",

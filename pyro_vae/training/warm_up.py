@@ -1,12 +1,15 @@
 """Recordings and code for a fit that goes on: made beforehand, by steps that are undone.
 
-An uninterrupted fit runs plain Pyro in its first steps, then recordings, then generated code, and each of them rounds in
-its own way. One that goes on must not begin with plain Pyro again, or it would end at other last digits.
+An uninterrupted fit runs plain Pyro in its first steps, then recordings, then generated code, and each of them rounds
+in its own way. One that goes on must not begin with plain Pyro again: it would end at other last digits.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
+
+from torch import Tensor
 
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.steps import Steps
@@ -49,8 +52,8 @@ def _sizes(batches: Batches) -> list[int] | None:
 def _first_rows(batch: Batch, size: int) -> Batch:
     rows = batch.size
 
-    def cut(x: object) -> object:
-        return x[:size].contiguous() if hasattr(x, "contiguous") and x.dim() and len(x) == rows else x
+    def cut(x: Any) -> Any:
+        return x[:size].contiguous() if isinstance(x, Tensor) and x.dim() and len(x) == rows else x
 
     kwargs = {name: cut(x) for name, x in batch.kwargs.items()}
     return Batch(tuple(map(cut, batch.args)), kwargs, None if batch.rows is None else batch.rows[:size])
