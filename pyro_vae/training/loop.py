@@ -96,7 +96,8 @@ def fit(
             parameters too), optimizer, scheduler, random state (also of the generators of a DataLoader), losses, the
             best weights; after the first epoch, the last, and others at most every ten seconds. Where the file exists,
             it is looked at as a whole, and then the run goes on from it, on the same random numbers: the same call,
-            started again, ends where an uninterrupted one would (to the rounding of compiled code). `num_epochs` may be
+            started again, ends at the same bits as an uninterrupted one, compiled or not (compiled steps on the batches
+            of a DataLoader's batch sampler: at the same numbers but for rounding). `num_epochs` may be
             larger then, `validation_data` and `patience` may be new; a call whose rows, batch size, seed, learning
             rate, scheduler or loss is another is refused, as far as their numbers and types tell. A writing is tried
             before training starts, and a second process that trains with the same file is refused. Random numbers of

@@ -23,6 +23,7 @@ from pyro_vae.training.optimizer_state import after_a_step, what_does_not_fit
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.steps import Steps
+from pyro_vae.training.warm_up import warm_up
 
 __all__ = ["FitState"]
 
@@ -159,6 +160,7 @@ class FitState:
             "optimizer": self.steps.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "steps": self.steps.count,
+            "replays": [] if self.steps.compiled is None else [p.audit.replays for p in self.steps.compiled.plans],
             "losses": losses,
             "arguments": self.arguments,
             "random": random,  # of each rank
@@ -200,6 +202,8 @@ class FitState:
         before = map_tensors(_copy, now)
         try:
             self._load(saved)
+            warm_up(self.steps, len(saved["losses"]["loss"]))
+            self._load(saved)
         except BaseException as error:
             self._load(before)
             if not isinstance(error, Exception):
@@ -224,7 +228,9 @@ class FitState:
                 yield from differences(own, state, f"random/{rank}/cuda/{i}")
         if not len(saved["random"]):
             yield "random: expected the state of a random generator, got none"
-        yield from differences(now["steps"], saved["steps"], "steps")
+        for name, numbers in (("steps", [saved["steps"]]), ("replays", saved["replays"])):
+            if not all(type(n) is int and n >= 0 for n in numbers):
+                yield f"{name}: expected numbers of steps, got others"
         yield from _wrong_losses(saved["losses"])
         yield from self.loaders.what_does_not_fit(saved["loaders"])
 
@@ -243,6 +249,10 @@ class FitState:
         self.loaders.load(saved["loaders"])
         self.weights.load(saved["weights"])
         self.steps.go_on(saved["steps"])
+        plans = [] if self.steps.compiled is None else self.steps.compiled.plans
+        if len(plans) == len(saved["replays"]):  # code pays after so many
+            for plan, replays in zip(plans, saved["replays"], strict=True):
+                plan.audit.replays = replays
         vars(self.result).update(saved["losses"])
         self.best = None
         if self.patience is not None and saved["best"] is not None:

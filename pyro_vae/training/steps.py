@@ -136,8 +136,14 @@ class Steps:
         return value, rows
 
     def go_on(self, count: int) -> None:
-        """Continues after this many steps, with the objective as the last of them left it."""
+        """Continues after this many steps, with weights and optimizer as they are now, the objective as it was then."""
         self.count = count
+        self._agreed = Agreed(self.weights, self.optimizer)
+        for t in (self._stopped, self._finite):
+            t.zero_()
+        self._epoch.clear()
+        if self._whole is not None:
+            self._whole.resume()
         for objective in self._annealed:
             objective.set_step(max(0, count - 1))
 
