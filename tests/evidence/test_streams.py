@@ -163,5 +163,5 @@ def test_batches_of_a_pair_whose_rows_go_together_have_one_size():
     x = torch.randn(30)
     found = importance_sampling(model, guide, DataLoader(x, batch_size=10), num_particles=5)
     torch.testing.assert_close(found.log_evidence, exact_log_evidence(x).double(), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="expected batches of 10 rows.*got one of 5"):
+    with pytest.raises(ValueError, match=r"expected batches of 10 rows.*got one of 5"):
         importance_sampling(model, guide, DataLoader(x[:25], batch_size=10), num_particles=5)

@@ -1,4 +1,4 @@
-"""Data larger than memory, and DataLoaders of all kinds: the same steps as with a tensor, and never all rows at once."""
+"""Data larger than memory, and DataLoaders of all kinds: the steps of a tensor, and never all rows at once."""
 
 import subprocess
 import sys
@@ -96,7 +96,7 @@ def test_loaders_that_yield_nothing_are_named(data, message):
 
 @pytest.mark.parametrize("size", [7, 50, 200])
 def test_a_full_batch_is_as_large_as_those_of_the_loader(size):
-    """Of which code is generated, whatever `batch_size` says: also where there are fewer rows than the loader asks for."""
+    """Code is generated for it, whatever `batch_size` says, also where there are fewer rows than the loader asks for."""
     batches = Batches(DataLoader(X, batch_size=size), 128)
     assert batches.first().size == batches.full_size == min(size, 50)
 
@@ -172,7 +172,8 @@ LIMITED = """
 
     def work(x):
         fit(model, guide, x, num_epochs=1, batch_size=8, progress=False)
-        found = importance_sampling(model, guide, x, num_particles=2, progress=False, checkpoint=f"{sys.argv[1]}.{x.dtype}.pt")
+        path = f"{sys.argv[1]}.{x.dtype}.pt"
+        found = importance_sampling(model, guide, x, num_particles=2, progress=False, checkpoint=path)
         assert len(found.log_evidence) == len(x)
 
     work(np.zeros((20, 3), np.float32))
