@@ -29,7 +29,7 @@ __all__ = [
     "unless_on_disk",
 ]
 
-SLICE_BYTES = 32 * 2**20  # of rows that are looked at together
+SLICE_BYTES = 8 * 2**20  # of rows that are looked at together
 
 
 def is_array(x: Any) -> bool:

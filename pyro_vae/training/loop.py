@@ -73,8 +73,9 @@ def fit(
         guide: its guide.
         data: a tensor, a numpy array or memory map, a tuple of these with equal first dimensions (x, *context), a dict
             of them, which are passed as keyword arguments, or a torch `DataLoader`, whose tuples (or dicts) may hold
-            anything beside tensors. Floating numpy arrays take torch's default dtype. All rows come in one batch and in
-            their order where the guide has parameters for each of them, as `AutoNormal` has for latents of each row.
+            anything beside tensors. Floating numpy arrays take torch's default dtype; integers reach the model as they
+            are, and it converts each batch: `lambda x: model(x.float() / 255)`. All rows come in one batch and in their
+            order where the guide has parameters for each of them, as `AutoNormal` has for latents of each row.
         num_epochs: passes over the data.
         batch_size: rows of a batch; the last of an epoch may be smaller. Unused with a DataLoader.
         learning_rate: of the default optimizer, Adam (fused where torch has it).
