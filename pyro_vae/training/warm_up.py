@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_vae.training.data import Batch, Batches
@@ -41,12 +42,15 @@ def warm_up(steps: Steps, num_epochs: int) -> None:
 
 
 def _sizes(batches: Batches) -> list[int] | None:
-    """The sizes of an epoch's batches, of which many that are the same stand as a few. None if they are not known."""
+    """The sizes of this rank's share of an epoch's batches, of which many that are the same stand as a few. None if they are not known."""
     loader, rows, size = batches.loader, batches.num_rows, batches.full_size
+    if batches.ranks.several:  # all have to take as many steps
+        size = None if loader is not None else min(batches.batch_size, rows)
     if not rows or not size:
         return None
     last = rows % size if loader is None or not loader.drop_last else 0
-    return [size] * min(rows // size, BATCHES) + ([last] if last else [])
+    sizes = [size] * min(rows // size, BATCHES) + ([last] if last else [])
+    return [len(batches.ranks.share(torch.empty(n))) for n in sizes]
 
 
 def _first_rows(batch: Batch, size: int) -> Batch:
