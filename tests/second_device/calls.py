@@ -1,12 +1,17 @@
 """A call of every public function, that gives what it returns on a device."""
 
 import tempfile
+from contextlib import suppress
+from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import torch
-from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from torch import nn
+from contract.families import ANY_SHAPE, VECTORS
+from pairs_on import On
+from pyro.infer import MCMC, NUTS, SVI, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from torch.distributions import kl_divergence
 
 import pyro_vae
 from pyro_vae import diagnostics, evidence, guides, objectives, plots
@@ -18,11 +23,11 @@ K = {"num_particles": 40, "seed": 0}
 QUIET = K | {"progress": False}
 
 
-def stepped(on, elbo, pair=None, steps=3):
+def stepped(on, elbo, pair=None, steps=3, **options):
     """Losses and parameters after steps of Pyro's own SVI."""
     model, guide, *data = pair or on.plain()
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=elbo)
-    losses = [svi.step(*data) for _ in range(steps)]
+    losses = [svi.step(*data, **options) for _ in range(steps)]
     return losses, dict(pyro.get_param_store().items())
 
 
@@ -31,6 +36,36 @@ def fitted(on, pair=None, **options):
     options = {"num_epochs": 2, "batch_size": 5, "seed": 0, "progress": False, "compile": False} | options
     result = pyro_vae.fit(model, guide, *data, **options)
     return result.loss, result.validation_loss, dict(pyro.get_param_store().items())
+
+
+def fit_moved(on):
+    """Data and modules of the CPU."""
+    vae, cpu = On("cpu").vae(), On("cpu").images()
+    data = {"batch_size": 5, "validation_data": cpu, "progress": False}
+    pyro_vae.fit(vae.model, vae.guide, cpu, num_epochs=2, seed=0, device=on.device, **data)
+    return vae, vae.generate(2, seed=0)
+
+
+def fit_resumed(on):
+    """Interrupted after two epochs, with weights that were best."""
+
+    def run(folder, stop):
+        def decay(epoch):
+            if epoch == stop:
+                raise KeyboardInterrupt
+            return 0.9**epoch
+
+        vae, x = on.vae(), on.images()
+        options = {"batch_size": 5, "checkpoint": f"{folder}/fit.pt", "seed": 0, "progress": False, "patience": 3}
+        schedule = lambda optim: torch.optim.lr_scheduler.LambdaLR(optim, decay)  # noqa: E731
+        pyro_vae.fit(vae.model, vae.guide, x, num_epochs=4, validation_data=x, scheduler=schedule, **options)
+        return vae
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch("pyro_vae.training.resume.SECONDS_BETWEEN", 0.0):
+        with suppress(KeyboardInterrupt):
+            run(folder, 2)
+        pyro.clear_param_store()
+        return run(folder, None)
 
 
 def of_vae(on, method, *args, **options):
@@ -89,8 +124,6 @@ def drawn(function):
     """A plot, which returns no tensors: it must only work."""
 
     def call(on):
-        import matplotlib.pyplot as plt
-
         function(on)
         plt.close("all")
 
@@ -120,12 +153,12 @@ def integrated(on):
     return pyro_vae.integrated_log_likelihood(*on.hierarchical(), num_samples=10, num_particles=10, seed=0)
 
 
-def missing(on):
+def missing(on, **options):
     vae, x = on.vae(shape=(1, 4, 4)), on.images().unsqueeze(1)
     vae.likelihood = pyro_vae.distributions.ObservedPart(vae.likelihood)
     vae.posterior = on.made(lambda: pyro_vae.distributions.ConditionalNormal(MaskedInput(MLP((2, 4, 4), [8])), 2))
     x[0, 0, 1, 2] = torch.nan
-    return pyro_vae.impute(vae.model, vae.guide, x, num_draws=3, **K)
+    return pyro_vae.impute(vae.model, vae.guide, x, **(options or K | {"num_draws": 3}))
 
 
 def reduce(on, name, **options):
@@ -137,6 +170,12 @@ def refined(on, pair, rows=(3, 1)):
     guide = pyro_vae.refine(*pair, **QUIET, num_steps=3)
     drawn = None if rows is None else pyro_vae.draw_particles(model, guide, x[list(rows)], **K)
     return guide, guide.gap, guide.gap_error, guide.kept, drawn
+
+
+def quantiles(on):
+    """Of bounded latents too, whose bounds are on the device."""
+    pairs = [on.amortized("full"), on.amortized("full", on.bounded()), on.amortized("flow")]
+    return [[guide.quantiles([0.1, 0.5], x), guide.median(x)] for _, guide, x in pairs]
 
 
 def sbc(on, name, **options):
@@ -158,6 +197,11 @@ CALLS = {
     "fit, enumerated": lambda on: fitted(on, on.enumerated(), loss=TraceEnum_ELBO()),
     "fit, globals": lambda on: fitted(on, on.hierarchical(), batch_size=12),
     "fit, compiled": lambda on: fitted(on, vae_pair(on), compile=True, num_epochs=4, batch_size=4),
+    "fit, moved": fit_moved,
+    "fit, resumed": fit_resumed,
+    "fit, RenyiELBO": lambda on: fitted(on, loss=RenyiELBO(num_particles=2)),
+    "fit, arrays": lambda on: fitted(on, (*vae_pair(on)[:2], on.images().cpu().numpy())),
+    "VAE.model, total": lambda on: stepped(on, Trace_ELBO(), (*vae_pair(on)[:2], on.images()), total=100),
     # objectives
     "BetaELBO": lambda on: stepped(on, objectives.BetaELBO(4.0), vae_pair(on)),
     "CombinedELBO": lambda on: stepped(
@@ -168,6 +212,10 @@ CALLS = {
     "DenoisingELBO, salt": lambda on: stepped(on, objectives.DenoisingELBO(objectives.salt_and_pepper_noise(0.3))),
     "ForwardKL": lambda on: stepped(on, objectives.ForwardKL(3)),
     "ImportanceWeightedELBO": lambda on: stepped(on, objectives.ImportanceWeightedELBO(5)),
+    "ImportanceWeightedELBO, counts": lambda on: stepped(on, objectives.ImportanceWeightedELBO(5), on.counts()),
+    "CompiledELBO, number": lambda on: stepped(
+        on, pyro_vae.CompiledELBO(Trace_ELBO(), backend="eager"), (*on.plain(), 0.7), steps=5
+    ),
     "CompiledELBO": lambda on: stepped(on, pyro_vae.CompiledELBO(Trace_ELBO()), vae_pair(on), steps=6),
     "CompiledELBO, one by one": lambda on: stepped(on, pyro_vae.CompiledELBO(TraceGraph_ELBO(), backend="eager")),
     "CompiledELBO, enumerated": lambda on: stepped(
@@ -178,6 +226,7 @@ CALLS = {
     "draw_particles, one by one": lambda on: pyro_vae.draw_particles(*on.plain(), **K, parallel=False),
     "draw_particles, enumerated": lambda on: pyro_vae.draw_particles(*on.enumerated(), **K),
     "impute": missing,
+    "impute, given draws": lambda on: missing(on, draws={"z": on.normal(6, 12, 2)}),
     "simulate": lambda on: pyro_vae.simulate(*on.plain(), seed=0),
     # evidence
     "importance_sampling": lambda on: [
@@ -186,6 +235,7 @@ CALLS = {
     ],
     "importance_sampling, enumerated": lambda on: pyro_vae.importance_sampling(*on.enumerated(), **QUIET),
     "importance_sampling, jointly": lambda on: pyro_vae.importance_sampling(*on.hierarchical(), plate=None, **QUIET),
+    "importance_sampling, subsampled": lambda on: pyro_vae.importance_sampling(*on.subsampled(), **QUIET),
     "prior_sampling": lambda on: reduce(on, "prior_sampling"),
     "adaptive_importance_sampling": lambda on: reduce(on, "adaptive_importance_sampling"),
     "adaptive_importance_sampling, jointly": lambda on: pyro_vae.adaptive_importance_sampling(
@@ -203,6 +253,13 @@ CALLS = {
     ],
     "draw_posterior, jointly": lambda on: pyro_vae.draw_posterior(*on.hierarchical(), num_samples=20, **QUIET),
     "integrated_log_likelihood": integrated,
+    "integrated_log_likelihood, given draws": lambda on: pyro_vae.integrated_log_likelihood(
+        *on.hierarchical(),
+        draws={"mean": on.normal(9), "spread": on.normal(9).exp(), "z": on.normal(9, 12)},
+        num_particles=10,
+        seed=0,
+    ),
+    "prior_sampling, correlations": lambda on: pyro_vae.prior_sampling(*on.correlated(), **QUIET),
     "refine": lambda on: refined(on, on.plain()),
     "refine, amortized": lambda on: refined(on, on.amortized("full")),
     "refine, globals": lambda on: refined(on, on.hierarchical(), rows=None),
@@ -216,6 +273,14 @@ CALLS = {
             ("AmortizedFlow", "flow"),
         )
     },
+    "quantiles": quantiles,
+    "KL": lambda on: [
+        kl_divergence(*(on.made(lambda: VECTORS["low-rank normal"](4))(on.normal(5, 3) + i) for i in range(2))),
+        kl_divergence(
+            on.made(lambda: ANY_SHAPE["multivariate normal"](4))(on.normal(5, 3)),
+            on.made(lambda: VECTORS["low-rank normal"](4))(on.normal(5, 3)),
+        ),
+    ],
     # diagnostics
     "simulation_based_calibration": lambda on: sbc(on, "simulation_based_calibration"),
     "expected_coverage": lambda on: sbc(on, "expected_coverage"),
@@ -260,16 +325,3 @@ PUBLIC = {
     *("save_weights", "load_weights", "MLP", "ConvEncoder", "ConvDecoder", "MaskedInput"),
     *(pyro_vae.particles.__all__ + pyro_vae.models.__all__ + pyro_vae.training.__all__),
 }
-
-
-def tensors_of(x):
-    """All tensors and numbers in what a call has returned."""
-    if isinstance(x, torch.Tensor | float | int | bool):
-        yield x
-    elif isinstance(x, nn.Module):
-        yield from x.state_dict().values()
-    elif isinstance(x, list | tuple | set | dict):
-        for value in x.values() if isinstance(x, dict) else x:
-            yield from tensors_of(value)
-    if type(x).__module__.startswith("pyro_vae") and not isinstance(x, nn.Module):
-        yield from tensors_of(list(getattr(x, "__dict__", {}).values()))

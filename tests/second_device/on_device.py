@@ -8,9 +8,10 @@ import pytest
 import second
 import torch
 import torchgen
-from calls import CALLS, COVERED, PUBLIC, tensors_of
+from calls import CALLS, COVERED, PUBLIC
 from contract.families import ANY_SHAPE, INPUTS, PRIORS, VECTORS
 from pairs_on import On
+from results import computed_of, tensors_of
 
 from pyro_vae import fit
 
@@ -23,16 +24,18 @@ pytestmark = pytest.mark.usefixtures("by_operation")
 def run(function, device):
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
-    return list(tensors_of(function(On(device))))
+    found = function(On(device))
+    return list(tensors_of(found)), list(computed_of(found))
 
 
 def check(function, device, *, results_on):
     """The same as on the CPU, where the random numbers are."""
-    there, here = run(function, device), run(function, "cpu")
+    (there, then_there), (here, then_here) = run(function, device), run(function, "cpu")
+    assert {x.device.type for x in there if isinstance(x, torch.Tensor)} <= {results_on}
     assert len(there) == len(here)
-    for x, y in zip(there, here, strict=True):
-        assert not isinstance(x, torch.Tensor) or x.device.type == results_on
-        if device.type == "second":
+    assert len(then_there) == len(then_here)
+    if device.type == "second":
+        for x, y in zip(there + then_there, here + then_here, strict=True):
             x, y = (torch.as_tensor(v).cpu().double() for v in (x, y))
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -43,6 +46,8 @@ def test_every_public_name_has_a_call():
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_function(name, device):
+    if name == "fit, moved" and device.type == "second":
+        pytest.skip("torch moves parameters in place between the CPU and its own GPUs only")
     check(CALLS[name], device, results_on="cpu" if name in ON_CPU else device.type)
 
 

@@ -47,18 +47,36 @@ class On:
         """Functions with parameters in Pyro's store; x is normal, and partly missing where it is NaN."""
         loc, scale = self.tensor(0.3), self.tensor(0.8)
 
-        def model(x):
+        def model(x, noise=1.0):
             weight = pyro.param("weight", lambda: self.tensor([1.0, 0.5, -0.5]))
             with pyro.plate("data", len(x)):
                 z = pyro.sample("z", dist.Normal(loc, 1.0))
-                pyro.sample("x", dist.Normal(z.unsqueeze(-1) * weight, 1.0).to_event(1), obs=x)
+                pyro.sample("x", dist.Normal(z.unsqueeze(-1) * weight, noise).to_event(1), obs=x)
 
-        def guide(x):
+        def guide(x, noise=1.0):
             slope = pyro.param("slope", lambda: self.tensor([0.3, 0.2, -0.2]))
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(x @ slope, scale))
 
         return model, guide, self.normal(12, 3)
+
+    def subsampled(self):
+        """The plate draws the rows of each run, on the device."""
+        x = self.normal(12)
+
+        def rows():
+            return pyro.plate("data", 12, subsample_size=5, device=self.device)
+
+        def model():
+            with rows() as index:
+                z = pyro.sample("z", dist.Normal(self.tensor(0.0), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+        def guide():
+            with rows() as index:
+                pyro.sample("z", dist.Normal(x[index] / 2, 0.8))
+
+        return model, guide
 
     def enumerated(self):
         """A component that is summed out, and a latent."""
@@ -103,9 +121,50 @@ class On:
 
         return model, self.normal(12, 3)
 
-    def amortized(self, kind):
+    def bounded(self):
+        """A latent whose bounds are tensors."""
+        low, high = self.tensor([-3.0, 0.0]), self.tensor([3.0, 2.0])
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Uniform(low, high).to_event(1))
+                pyro.sample(
+                    "x", dist.Normal(z.sum(-1, keepdim=True), 1.0).expand((*z.shape[:-1], 3)).to_event(1), obs=x
+                )
+
+        return model, self.normal(12, 3)
+
+    def counts(self):
+        """A latent whose draws have no gradient."""
+
+        def model(x):
+            rate = pyro.param("rate", lambda: self.tensor(2.0), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                n = pyro.sample("n", dist.Poisson(rate))
+                pyro.sample("x", dist.Normal(n, 1.0), obs=x)
+
+        def guide(x):
+            guess = pyro.param("guess", lambda: self.tensor(1.0), constraint=dist.constraints.positive)
+            with pyro.plate("data", len(x)):
+                pyro.sample("n", dist.Poisson(guess + x.abs()))
+
+        return model, guide, self.normal(12)
+
+    def correlated(self):
+        """A latent triangle."""
+        concentration = self.tensor(1.5)
+
+        def model(x):
+            with pyro.plate("data", len(x)):
+                scale_tril = pyro.sample("scale_tril", dist.LKJCholesky(3, concentration))
+                loc = scale_tril.new_zeros(3)
+                pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=scale_tril), obs=x)
+
+        return model, None, self.normal(12, 3)
+
+    def amortized(self, kind, pair=None):
         make = {"flow": AmortizedFlow, "full": AmortizedMultivariateNormal, "diagonal": AmortizedNormal}[kind]
-        model, x = self.factored()
+        model, x = pair or self.factored()
         guide = self.made(lambda: make(model, MLP(3, [8])))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
