@@ -66,8 +66,11 @@ class _Captured:
         held, inputs = arguments[: self.held], arguments[self.held :]
         places = [t.data_ptr() for t in held]
         if self.graph is None or places != self.places:
-            self.places, self.inputs = places, [t.clone() for t in inputs]
+            self.places = places
             try:
+                # with the strides that the code was made for, which a clone of an expanded tensor has not
+                self.inputs = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
+                self._fill(inputs)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):
                     self.outputs = list(self.run(*held, *self.inputs))
@@ -78,10 +81,17 @@ class _Captured:
                 )
                 self.left = float("inf")
                 return list(self.run(*arguments))
-        for place, value in zip(self.inputs, inputs, strict=True):
-            place.copy_(value)
+        self._fill(inputs)
         self.graph.replay()
         return [t.clone() for t in self.outputs]
+
+    def _fill(self, inputs: tuple[Tensor, ...]) -> None:
+        """Copies the inputs to where the graph reads them."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+                if stride == 0 and size > 1:  # expanded: all of it is in one place
+                    place, value = place.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+            place.copy_(value)
 
 
 def _keep_freed_memory() -> None:

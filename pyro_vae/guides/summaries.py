@@ -52,7 +52,7 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
         if isinstance(q, (dist.Independent, MultivariateNormal)):
             u = q.mean + q.variance.sqrt() * torch.special.ndtri(level).to(q.mean)[:, None, None]  # (Q, N, D)
             for latent in guide.latents.inside:
-                if _is_fixed(latent, sites[latent.name]["fn"]):
+                if _is_fixed(latent, sites[latent.name]):
                     value = _value(latent, sites[latent.name]["fn"], u[..., latent.start : latent.stop])
                     value = value.sort(0).values[level.argsort().argsort()]  # a bijection may fall
                     found[latent.name] = sampler.layout.align({**sites[latent.name], "value": value})
@@ -98,12 +98,13 @@ def _outside(sampler: ParticleSampler, site: dict, value: Tensor) -> Tensor:
     return around.align({**site, "value": value.reshape(len(value), *(1,) * missing, *value.shape[1:])})[:, 0]
 
 
-def _is_fixed(latent: Latent, fn: Any) -> bool:
+def _is_fixed(latent: Latent, site: dict) -> bool:
     """Whether a site's bijection acts on single elements, and is the same in each of many draws."""
+    fn = site["fn"]
     transform = bijection(latent.name, fn)
     if not acts_on_elements(transform):
         return False
-    values = transform(torch.zeros(fn.batch_shape + latent.shape))
+    values = transform(torch.zeros(fn.batch_shape + latent.shape, device=site["value"].device))
     return bool((values == values[:1]).all())
 
 

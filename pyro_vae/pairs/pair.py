@@ -199,7 +199,7 @@ class Pair:
             look(self.model, self.guide, self.args, self.kwargs, values=values, subsamples={self.plate: indices})
             for indices in ends
         ]
-        if not all(torch.equal(f.subsamples()[self.plate], i) for f, i in zip(looks, ends, strict=True)):
+        if not all(torch.equal(f.subsamples()[self.plate].cpu(), i) for f, i in zip(looks, ends, strict=True)):
             return False  # they are given, not drawn
         first, last = (found.log_probs[1] for found in looks)
         both = [(first[name], last[name]) for name in first.keys() & last.keys()]

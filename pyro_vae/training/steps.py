@@ -75,7 +75,7 @@ class Steps:
         self._joint = JointGradient(batches.ranks, weights.parameters)
         # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
-        self._deferred = bool(skips) and weights.device.type == "cuda"
+        self._deferred = bool(skips) and weights.device.type != "cpu"
         self._stopped = torch.zeros((), dtype=torch.bool, device=weights.device)
         self._finite = torch.zeros((), dtype=torch.long, device=weights.device)
         self._epoch: list[tuple[State, Batch]] = []
