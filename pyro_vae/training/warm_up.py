@@ -42,7 +42,10 @@ def warm_up(steps: Steps, num_epochs: int) -> None:
 
 
 def _sizes(batches: Batches) -> list[int] | None:
-    """The sizes of this rank's share of an epoch's batches, of which many that are the same stand as a few. None if they are not known."""
+    """The sizes of this rank's share of an epoch's batches, of which many that are the same stand as a few.
+
+    None if they are not known.
+    """
     loader, rows, size = batches.loader, batches.num_rows, batches.full_size
     if batches.ranks.several:  # all have to take as many steps
         size = None if loader is not None else min(batches.batch_size, rows)
