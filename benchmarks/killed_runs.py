@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
 import time
 import warnings
@@ -40,6 +41,7 @@ CODE: dict[str, dict[str, Any]] = {
     "plain Pyro": {"compile": False, "num_epochs": 20},
     "recorded": {"loss": CompiledELBO(backend="eager"), "num_epochs": 20},
     "generated code": {"compile": True, "num_epochs": 20},
+    "two ranks": {"compile": False, "num_epochs": 20},  # of which one is killed
 }
 KINDS = ("rows", "scheduler, validation", "DataLoader")
 
@@ -72,13 +74,28 @@ def train(code: str, kind: str, path: Path | None) -> dict[str, Any]:
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def start(work: Callable[[], Any]) -> int:
-    """Runs something in a process of its own; returns its number."""
+def start(code: str, work: Callable[[], Any]) -> list[int]:
+    """Runs something in a process of its own, or in two; returns their numbers."""
+    if code != "two ranks":
+        return [_start(work)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [_start(work, address | {"RANK": str(rank)}) for rank in range(2)]
+
+
+def end(children: list[int]) -> list[int]:
+    """Waits for processes; how each of them ended."""
+    return [os.waitpid(child, 0)[1] for child in children]
+
+
+def _start(work: Callable[[], Any], environment: dict[str, str] | None = None) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
+        os.environ.update(environment or {})
         warnings.simplefilter("ignore")
         pyro.clear_param_store()
         resume.SECONDS_BETWEEN = 0.0  # each epoch is written
@@ -90,8 +107,13 @@ def start(work: Callable[[], Any]) -> int:
 
 def finish(code: str, kind: str, path: Path | None, to: Path) -> bool:
     """Runs a fit to its end and keeps what it leads to. Whether it came to its end."""
-    child = start(lambda: torch.save(train(code, kind, path), to))
-    return os.waitpid(child, 0)[1] == 0
+
+    def work() -> None:
+        found = train(code, kind, path)
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(found, to)
+
+    return not any(end(start(code, work)))
 
 
 def die_in_a_write(number: int, rng: random.Random) -> None:
@@ -130,15 +152,15 @@ def run_and_kill(code: str, kind: str, path: Path, rng: random.Random, *, writin
     number = rng.randint(2, CODE[code]["num_epochs"])  # the first one is the trial
 
     def work() -> None:
-        if writing:
+        if writing and os.environ.get("RANK", "0") == "0":
             die_in_a_write(number, rng)
         train(code, kind, path)
 
-    child = start(work)
+    children = start(code, work)
     if not writing:
         time.sleep(rng.uniform(0.05, 1.0) * seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        os.kill(rng.choice(children), signal.SIGKILL)
+    return any(map(os.WIFSIGNALED, end(children)))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -152,7 +174,7 @@ def same(a: Any, b: Any) -> bool:
 
 def case(i: int, folder: Path, truths: dict[tuple[str, str], Any]) -> tuple[str, str, list[str]]:
     """The kinds of a run, and what happened to it. `truths` are those of runs that nobody killed, and their times."""
-    code, kind = list(CODE)[i % 3], KINDS[i // 3 % 3]
+    code, kind = list(CODE)[i % 4], KINDS[i // 4 % 3]
     if (code, kind) not in truths:
         finish(code, kind, None, folder / "truth")  # makes the code, which is then found on the disk
         begin = time.monotonic()
@@ -160,7 +182,7 @@ def case(i: int, folder: Path, truths: dict[tuple[str, str], Any]) -> tuple[str,
         truths[code, kind] = torch.load(folder / "truth"), time.monotonic() - begin
         (folder / "unkilled.pt").unlink()
     truth, seconds = truths[code, kind]
-    writing = i // 9 % 3 == 0
+    writing = i // 12 % 3 == 0
     events, own = [], folder / str(i)
     own.mkdir()
     for attempt in range(9):
@@ -187,8 +209,9 @@ def report(cases: list[tuple[str, str, list[str]]]) -> str:
         "# Killed runs",
         "",
         f"{len(cases)} fits, killed and started again (`benchmarks/killed_runs.py`): batches of 20, 20 and 10 rows, "
-        "batch norm, Adam, a checkpoint after each epoch. Those that had no file yet began anew. Tidy: in the end there "
-        "is the checkpoint, and nothing else. To the bit: losses, weights and buffers of a run that nobody killed.",
+        "batch norm, Adam, a checkpoint after each epoch. Those that had no file yet began anew. Of two ranks one is "
+        "killed, and the other ends with an error. Tidy: in the end there is the checkpoint, and nothing else. To the "
+        "bit: losses, weights and buffers of a run that nobody killed.",
         "",
         f"| steps | data | {' | '.join(COLUMNS)} |",
         f"|---|---|{'--:|' * len(COLUMNS)}",
