@@ -43,7 +43,9 @@ class Capture(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))  # its place now
-        written = [a for a, s in zip(args, function._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write]
+        written = [
+            a for a, s in zip(args, function._schema.arguments, strict=False) if s.alias_info and s.alias_info.is_write
+        ]
         self.before += [(t, t.clone()) for t in tensors(written)]
         found = function(*args, **kwargs)
         self.graph.operations.append((function, args, kwargs, tensors(found)))
