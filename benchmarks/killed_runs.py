@@ -188,7 +188,7 @@ def report(cases: list[tuple[str, str, list[str]]]) -> str:
         "",
         f"{len(cases)} fits, killed and started again (`benchmarks/killed_runs.py`): batches of 20, 20 and 10 rows, "
         "batch norm, Adam, a checkpoint after each epoch. Those that had no file yet began anew. Tidy: in the end "
-        "there is the checkpoint, and nothing else. To the bit: losses, weights and buffers of a run that nobody killed.",
+        "there is the checkpoint, and nothing else. To the bit: losses, weights and buffers of an unkilled run.",
         "",
         f"| steps | data | {' | '.join(COLUMNS)} |",
         f"|---|---|{'--:|' * len(COLUMNS)}",

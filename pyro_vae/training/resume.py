@@ -138,6 +138,8 @@ class FitState:
     def _try_out(self) -> None:
         """Writes as much as after an epoch, but not to the file itself."""
         entries = self._entries()
+        if self.patience is not None and self.best is None:
+            entries["best"] = entries["weights"]
         if not entries["optimizer"]["state"]:
             entries["optimizer"] = after_a_step(self.steps.optimizer) or entries["optimizer"]
         try:
