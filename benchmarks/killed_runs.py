@@ -176,7 +176,8 @@ def case(i: int, folder: Path, truths: dict[tuple[str, str], Any]) -> tuple[str,
     """The kinds of a run, and what happened to it. `truths` are those of runs that nobody killed, and their times."""
     code, kind = list(CODE)[i % 4], KINDS[i // 4 % 3]
     if (code, kind) not in truths:
-        finish(code, kind, None, folder / "truth")  # makes the code, which is then found on the disk
+        if CODE[code].get("compile"):
+            finish(code, kind, None, folder / "truth")  # makes the code, which is then found on the disk
         begin = time.monotonic()
         assert finish(code, kind, folder / "unkilled.pt", folder / "truth")
         truths[code, kind] = torch.load(folder / "truth"), time.monotonic() - begin

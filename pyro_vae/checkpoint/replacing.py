@@ -66,9 +66,10 @@ def replace_file(path: str | Path, data: bytes | memoryview, *, trial: bool = Fa
         old = target.stat() if target.exists() else None
         _clear(target)
         with _temporary(target, 0o666 if old is None else 0o600) as (file, temporary):
-            left = memoryview(data)
-            while left:
-                left = left[os.write(file, left) :]
+            for _ in range(2 if trial and old is None else 1):  # from the second time on, the old file is there too
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(file, left) :]
             if old is not None:
                 _take_over(file, old)
             os.fsync(file)

@@ -107,7 +107,8 @@ def fit(
 
     Returns:
         `FitResult`. Ctrl-C ends the training, with what there is: the weights as the last step left them (the best
-        ones, with `patience`), and a checkpoint of the last epoch. `FitResult.interrupted` is true then.
+        ones, with `patience`), and a checkpoint of the last epoch (where epochs take
+        milliseconds, of one of the last). `FitResult.interrupted` is true then.
 
     Raises:
         OSError: the checkpoint cannot be written (a full disk, no permission); an older one is as it was.

@@ -28,7 +28,7 @@ from pyro_vae.training.warm_up import warm_up
 __all__ = ["FitState"]
 
 SECONDS_BETWEEN = 10.0  # writes, but for the first and the last one
-KEEPING = 0.05  # share of the time in which the state of the last epoch is copied, for an interrupt to write
+KEEPING = 0.05  # share of the time that copies of the state may take, for Ctrl-C to write; epochs may be short
 
 
 class FitState:
@@ -142,6 +142,8 @@ class FitState:
     def _try_out(self) -> None:
         """Writes as much as after an epoch, but not to the file itself."""
         entries = self._entries()
+        if self.patience is not None and self.best is None:
+            entries["best"] = entries["weights"]
         if not entries["optimizer"]["state"]:
             entries["optimizer"] = after_a_step(self.steps.optimizer) or entries["optimizer"]
         try:

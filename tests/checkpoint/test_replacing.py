@@ -160,6 +160,15 @@ def test_a_trial_changes_nothing(tmp_path):
     assert names(tmp_path) == ["f.pt"]
 
 
+def test_a_trial_of_a_new_file_needs_room_for_the_next_one_beside_it(tmp_path, monkeypatch):
+    written = []
+    write = os.write
+    monkeypatch.setattr(replacing.os, "write", lambda file, data: (written.append(len(data)), write(file, data))[1])
+    replace_file(tmp_path / "f.pt", b"new", trial=True)
+    assert sum(written) == 6
+    assert names(tmp_path) == []
+
+
 # -- other processes --------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,9 @@
 """fit: Ctrl-C ends it with what there is, and its file can be gone on from."""
 
+import errno
+import math
+import os
+
 import pyro
 import pytest
 import torch
@@ -8,7 +12,9 @@ from truths import LinearGaussian, linear_vae
 
 from pyro_vae import FitResult, fit
 from pyro_vae.checkpoint import read, replacing
+from pyro_vae.checkpoint.held import hold
 from pyro_vae.models.stacking import fit_layers
+from pyro_vae.training import resume
 
 
 @pytest.fixture
@@ -43,8 +49,9 @@ def run(path, x, *, at=0, num_epochs=6, **options):
     return fit(vae.model, vae.guide, rows, num_epochs=num_epochs, checkpoint=path, **options), vae
 
 
-def test_in_the_middle_of_an_epoch(tmp_path, x):
+def test_in_the_middle_of_an_epoch(tmp_path, x, monkeypatch):
     """The weights have the steps of the epoch that was not finished, the file has those of the last one that was."""
+    monkeypatch.setattr(resume, "KEEPING", math.inf)
     with pytest.warns(UserWarning, match=r"interrupted after 2 epochs and 7 steps.*goes on from the last .*l.pt"):
         result, vae = run(tmp_path / "l.pt", x, at=10 + 60 + 15)
     assert result.interrupted
@@ -100,3 +107,34 @@ def test_no_further_layer_is_trained(x, monkeypatch):
     monkeypatch.setattr("pyro_vae.models.stacking.fit", interrupted)
     assert len(fit_layers([linear_vae(2, 4), linear_vae(1, 2)], x, num_epochs=1)) == 1
     assert len(seen) == 1
+
+
+# -- before training starts -------------------------------------------------------------------------------------------
+
+
+def refused(path, x, error, match):
+    vae = linear_vae(2, 4)
+    before, state = weights(vae), torch.get_rng_state()
+    with pytest.raises(error, match=match):
+        fit(vae.model, vae.guide, x, num_epochs=2, checkpoint=path, progress=False)
+    assert same(before, weights(vae))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_file_that_another_fit_writes(tmp_path, x):
+    with hold(tmp_path / "l.pt"):
+        refused(tmp_path / "l.pt", x, ValueError, r"checkpoint: .*l.pt is being written by another fit, in process \d+")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_first_epoch(tmp_path, x, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(replacing.os, "write", full)
+    refused(tmp_path / "l.pt", x, OSError, r"l.pt cannot be written: No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there(tmp_path, x):
+    refused(tmp_path / "no" / "l.pt", x, ValueError, r"checkpoint: .*l.pt: expected a file in a folder, got no folder")

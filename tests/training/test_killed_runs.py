@@ -15,7 +15,7 @@ import killed_runs
 for code in ("plain Pyro", "recorded", "two ranks"):
     killed_runs.CODE[code]["num_epochs"] = 6
 truths, folder = {}, killed_runs.Path(sys.argv[1])
-for i in (0, 1, 4, 9, 12, 17, 20, 3):
+for i in (0, 9, 17, 3):
     print(i, *killed_runs.case(i, folder, truths)[2], sep=",")
 """
 
@@ -31,7 +31,7 @@ def test_runs_that_are_killed_end_at_the_same_bits(tmp_path):
         check=True,
     )
     runs = [line.split(",") for line in run.stdout.splitlines()]
-    assert len(runs) == 8
+    assert len(runs) == 4
     for events in runs:
         assert {"came to the end", "to the bit", "tidy"} <= set(events), events
-    assert sum("killed" in events for events in runs) >= 6
+    assert sum("killed" in events for events in runs) >= 3
