@@ -81,7 +81,7 @@ def collect(
 
     parts = []
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-        finished = Finished(checkpoint, known | dict(options or {}), sampler)
+        finished = Finished(checkpoint, known | dict(options or {}), sampler, several=portions.loader is not None)
         total = portions.num_rows if portions.loader is not None else sampler.num_points
         total = None if total is None else total * num_particles
         with progress_bar(total, method.replace("_", " "), progress) as bar, finished:
