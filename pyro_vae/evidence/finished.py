@@ -20,6 +20,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -49,13 +50,18 @@ class Finished:
         path: of the file; None keeps nothing.
         arguments: of the estimate, plain values by name, which have to be the same when it goes on.
         sampler: of the pair, with the first rows.
+<<<<<<< HEAD
         ranks: that share out the rows; the first of them writes.
+=======
+        several: whether rows come in several portions.
+>>>>>>> data
 
     Raises:
         ValueError: the file is of other arguments, of another model or guide, or none of these. It is not changed then.
     """
 
     def __init__(
+<<<<<<< HEAD
         self, path: str | Path | None, arguments: Mapping[str, Any], sampler: ParticleSampler, ranks: Ranks
     ) -> None:
         self.path, self.ranks = None if path is None else Path(path), ranks
@@ -67,6 +73,21 @@ class Finished:
         self._keys: list[bytes] = []  # of new rows
         self._results: list[Tensor] = []
         self._held = ExitStack()
+=======
+        self,
+        path: str | Path | None,
+        arguments: Mapping[str, Any],
+        sampler: ParticleSampler,
+        several: bool = False,
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.arguments, self.sampler, self.several = dict(arguments), sampler, several
+        self._written, self._count = -math.inf, 0
+        self._seen: Counter[bytes] = Counter()
+        self._order = np.empty(0, f"S{KEY}"), np.empty(0, int)  # keys that are known from the start, and their places
+        self._known = torch.zeros(0, RESULTS, dtype=torch.double)  # what is known of these
+        self._parts: list[tuple[np.ndarray, Tensor]] = []  # keys and results of these and of new ones
+>>>>>>> data
         if self.path is None:
             return
         try:
@@ -107,9 +128,10 @@ class Finished:
             skip: told how many rows are known.
         """
         keys = self._keys_of_rows(start)
-        done = torch.tensor([key in self._place for key in keys])
+        place = np.searchsorted(self._order[0], keys).clip(max=max(0, len(self._order[0]) - 1))
+        done = torch.from_numpy(self._order[0][place] == keys if len(self._order[0]) else np.zeros(len(keys), bool))
         found = torch.full((len(keys), RESULTS), math.nan, dtype=torch.double)
-        found[done] = self._known[torch.tensor([self._place[key] for key in keys if key in self._place]).long()]
+        found[done] = self._known[self._order[1][place[done.numpy()]]]
         left = (~done).nonzero().flatten()
         skip(len(keys) - len(left))
         if not len(left):
@@ -125,6 +147,7 @@ class Finished:
         return found
 
     def _estimate(
+<<<<<<< HEAD
         self, passes: list[tuple[slice, Tensor]], found: Tensor, keys: list[bytes], estimate: Callable[[slice], Tensor]
     ) -> None:
         def run(one: tuple[slice, Tensor]) -> Tensor:
@@ -137,20 +160,38 @@ class Finished:
             self._results.append(results)
             if time.monotonic() - self._written >= SECONDS_BETWEEN:
                 self._write()
+=======
+        self, rows: slice, places: Tensor, found: Tensor, keys: np.ndarray, estimate: Callable[[slice], Tensor]
+    ) -> None:
+        own = keys[places.numpy()]
+        with fork_random_state():
+            pyro.set_rng_seed(int.from_bytes(_hash(self._seed, own.tobytes())[:4], "big"))
+            found[places] = estimate(rows).cpu()
+        self._parts.append((own, found[places]))
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self._write()
+>>>>>>> data
 
-    def _keys_of_rows(self, start: int) -> list[bytes]:
-        """What the rows at hand are known by."""
-        found = []
-        for key in _hashes(self.sampler, start):
-            count = self._seen[key]
-            self._seen[key] += 1
-            found.append(key if not count else _hash(key, count))
-        return found
+    def _keys_of_rows(self, start: int) -> np.ndarray:
+        """What the rows at hand are known by, (N,), of `KEY` bytes each."""
+        keys = np.fromiter(_hashes(self.sampler, start), f"S{KEY}", self.sampler.num_points)
+        order = keys.argsort(kind="stable")
+        first = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1]))  # of each that are the same
+        times = np.empty(len(keys), int)  # that a key came before
+        times[order] = np.arange(len(keys)) - np.repeat(first, np.diff(np.append(first, len(keys))))
+        if self.several:
+            names = keys.tolist()
+            times += [self._seen[name] for name in names]
+            self._seen.update(names)
+        for twin in np.flatnonzero(times):
+            keys[twin] = _hash(keys[twin].item(), int(times[twin]))
+        return keys
 
     # -- file ---------------------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
         """Writes all results, if there are new ones."""
+<<<<<<< HEAD
         if len(self._keys) == self._count or not self.ranks.is_first:
             return
         write(self._entries(), self.path, "evidence")
@@ -165,6 +206,21 @@ class Finished:
             "results": torch.cat([self._known, *self._results]),
             "probe": self._probe,
         }
+=======
+        if len(self._parts) == self._count:
+            return
+        keys, results = np.concatenate([k for k, _ in self._parts]), torch.cat([r for _, r in self._parts])
+        self._parts = [(keys, results)]
+        state = {
+            "arguments": self.arguments,
+            "seed": self._seed,
+            "keys": torch.from_numpy(keys.view(np.uint8).reshape(-1, KEY)),
+            "results": results,
+            "probe": self._probe,
+        }
+        write(state, self.path)
+        self._written, self._count = time.monotonic(), 1
+>>>>>>> data
 
     def _open(self) -> Any:
         """Holds the file; what is in it, or None."""
@@ -186,8 +242,10 @@ class Finished:
                 "or another file."
             )
         self._seed, self._probe = saved["seed"], saved["probe"]
-        self._place = {bytes(key): i for i, key in enumerate(saved["keys"].numpy())}
-        self._known = saved["results"]
+        keys, self._known = saved["keys"].numpy().reshape(-1).view(f"S{KEY}"), saved["results"]
+        self._parts, self._count = [(keys, self._known)], 1
+        order = keys.argsort()
+        self._order = keys[order], order
         try:
             again = _log_weight(self.sampler, self._probe)
             same = torch.allclose(again, self._probe["log_weight"], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
