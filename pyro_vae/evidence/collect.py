@@ -92,11 +92,8 @@ def collect(
     group.agree(method, rows=sampler.num_points, num_particles=num_particles, chunk_size=chunk_size)
     seed = group.from_first(int(torch.randint(2**62, ())))
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
-<<<<<<< HEAD
-        finished = Finished(checkpoint, known | dict(options or {}), sampler, group)
-=======
-        finished = Finished(checkpoint, known | dict(options or {}), sampler, several=portions.loader is not None)
->>>>>>> data
+        several = portions.loader is not None
+        finished = Finished(checkpoint, known | dict(options or {}), sampler, group, several)
         total = portions.num_rows if portions.loader is not None else sampler.num_points
         total = None if total is None else total * num_particles // group.size
         with progress_bar(total, method.replace("_", " "), progress and group.is_first) as bar, finished:

@@ -50,44 +50,29 @@ class Finished:
         path: of the file; None keeps nothing.
         arguments: of the estimate, plain values by name, which have to be the same when it goes on.
         sampler: of the pair, with the first rows.
-<<<<<<< HEAD
         ranks: that share out the rows; the first of them writes.
-=======
         several: whether rows come in several portions.
->>>>>>> data
 
     Raises:
         ValueError: the file is of other arguments, of another model or guide, or none of these. It is not changed then.
     """
 
     def __init__(
-<<<<<<< HEAD
-        self, path: str | Path | None, arguments: Mapping[str, Any], sampler: ParticleSampler, ranks: Ranks
-    ) -> None:
-        self.path, self.ranks = None if path is None else Path(path), ranks
-        self.arguments, self.sampler = dict(arguments), sampler
-        self._written, self._count = -math.inf, 0
-        self._seen: Counter[bytes] = Counter()
-        self._place: dict[bytes, int] = {}  # of rows among those that were known from the start
-        self._known = torch.zeros(0, RESULTS, dtype=torch.double)
-        self._keys: list[bytes] = []  # of new rows
-        self._results: list[Tensor] = []
-        self._held = ExitStack()
-=======
         self,
         path: str | Path | None,
         arguments: Mapping[str, Any],
         sampler: ParticleSampler,
+        ranks: Ranks,
         several: bool = False,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path, self.ranks = None if path is None else Path(path), ranks
         self.arguments, self.sampler, self.several = dict(arguments), sampler, several
         self._written, self._count = -math.inf, 0
         self._seen: Counter[bytes] = Counter()
         self._order = np.empty(0, f"S{KEY}"), np.empty(0, int)  # keys that are known from the start, and their places
         self._known = torch.zeros(0, RESULTS, dtype=torch.double)  # what is known of these
         self._parts: list[tuple[np.ndarray, Tensor]] = []  # keys and results of these and of new ones
->>>>>>> data
+        self._held = ExitStack()
         if self.path is None:
             return
         try:
@@ -147,30 +132,17 @@ class Finished:
         return found
 
     def _estimate(
-<<<<<<< HEAD
-        self, passes: list[tuple[slice, Tensor]], found: Tensor, keys: list[bytes], estimate: Callable[[slice], Tensor]
+        self, passes: list[tuple[slice, Tensor]], found: Tensor, keys: np.ndarray, estimate: Callable[[slice], Tensor]
     ) -> None:
         def run(one: tuple[slice, Tensor]) -> Tensor:
-            with from_seed(self._seed, *(keys[i] for i in one[1].tolist())):
+            with from_seed(self._seed, keys[one[1].numpy()].tobytes()):
                 return estimate(one[0]).cpu()
 
         for (_, places), results in self.ranks.in_turns(passes, run):
             found[places] = results
-            self._keys += [keys[i] for i in places.tolist()]
-            self._results.append(results)
+            self._parts.append((keys[places.numpy()], results))
             if time.monotonic() - self._written >= SECONDS_BETWEEN:
                 self._write()
-=======
-        self, rows: slice, places: Tensor, found: Tensor, keys: np.ndarray, estimate: Callable[[slice], Tensor]
-    ) -> None:
-        own = keys[places.numpy()]
-        with fork_random_state():
-            pyro.set_rng_seed(int.from_bytes(_hash(self._seed, own.tobytes())[:4], "big"))
-            found[places] = estimate(rows).cpu()
-        self._parts.append((own, found[places]))
-        if time.monotonic() - self._written >= SECONDS_BETWEEN:
-            self._write()
->>>>>>> data
 
     def _keys_of_rows(self, start: int) -> np.ndarray:
         """What the rows at hand are known by, (N,), of `KEY` bytes each."""
@@ -191,36 +163,24 @@ class Finished:
 
     def _write(self) -> None:
         """Writes all results, if there are new ones."""
-<<<<<<< HEAD
-        if len(self._keys) == self._count or not self.ranks.is_first:
+        if len(self._parts) == self._count or not self.ranks.is_first:
             return
         write(self._entries(), self.path, "evidence")
-        self._written, self._count = time.monotonic(), len(self._keys)
+        self._written, self._count = time.monotonic(), len(self._parts)
 
     def _entries(self) -> dict[str, Any]:
-        keys = b"".join([*self._place, *self._keys])
+        keys = [keys for keys, _ in self._parts] or [np.empty(0, f"S{KEY}")]
+        results = [results for _, results in self._parts] or [self._known]
+        if len(keys) > 1:
+            self._parts = [(np.concatenate(keys), torch.cat(results))]
+            return self._entries()
         return {
             "arguments": self.arguments,
             "seed": self._seed,
-            "keys": torch.tensor(list(keys), dtype=torch.uint8).reshape(-1, KEY),
-            "results": torch.cat([self._known, *self._results]),
+            "keys": torch.from_numpy(keys[0].view(np.uint8).reshape(-1, KEY)),
+            "results": results[0],
             "probe": self._probe,
         }
-=======
-        if len(self._parts) == self._count:
-            return
-        keys, results = np.concatenate([k for k, _ in self._parts]), torch.cat([r for _, r in self._parts])
-        self._parts = [(keys, results)]
-        state = {
-            "arguments": self.arguments,
-            "seed": self._seed,
-            "keys": torch.from_numpy(keys.view(np.uint8).reshape(-1, KEY)),
-            "results": results,
-            "probe": self._probe,
-        }
-        write(state, self.path)
-        self._written, self._count = time.monotonic(), 1
->>>>>>> data
 
     def _open(self) -> Any:
         """Holds the file; what is in it, or None."""

@@ -96,11 +96,7 @@ def test_loaders_that_yield_nothing_are_named(data, message):
 
 @pytest.mark.parametrize("size", [7, 50, 200])
 def test_a_full_batch_is_as_large_as_those_of_the_loader(size):
-<<<<<<< HEAD
-    """Code is generated for it, whatever `batch_size` says, also where there are fewer rows than it asks for."""
-=======
     """Code is generated for it, whatever `batch_size` says, also where there are fewer rows than were asked for."""
->>>>>>> data
     batches = Batches(DataLoader(X, batch_size=size), 128)
     assert batches.first().size == batches.full_size == min(size, 50)
 
