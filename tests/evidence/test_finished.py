@@ -148,7 +148,7 @@ def test_files_of_other_estimates_are_refused_and_left_alone(tmp_path):
     torch.save({"weights": []}, path)
     with pytest.raises(ValueError, match="was not written by an estimate"):
         run(num_particles=50, seed=0)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="got no folder"):
         importance_sampling(vae.model, vae.guide, X, checkpoint=tmp_path / "no" / "e.pt")
     simulated = simulate(vae.model, vae.guide, X)
     with pytest.raises(ValueError, match="no exact_draw"):
