@@ -117,9 +117,16 @@ def _bits(value: Tensor) -> Tensor:
     return value.view(WIDTHS[value.element_size()])
 
 
+def _mixed(bits: Tensor) -> Tensor:
+    """Bits of which the lowest hang on the highest, which a product loses: 0.0 and 1.0 differ in these alone."""
+    bits = bits.to(torch.int64)
+    bits = bits ^ (bits >> 32)
+    return bits ^ (bits >> 16)
+
+
 def _hash(values: list[Tensor], weights: list[Tensor]) -> Tensor:
     """A number for the bits of each row, (n,), int64."""
     sums = []
     for value, weight in zip(values, weights, strict=True):
-        sums.append(torch.cat([(part.to(torch.int64) * weight).sum(1) for part in _bits(value).split(AT_ONCE)]))
+        sums.append(torch.cat([(_mixed(part) * weight).sum(1) for part in _bits(value).split(AT_ONCE)]))
     return torch.stack(sums).sum(0)
