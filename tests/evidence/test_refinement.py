@@ -117,7 +117,7 @@ def test_supports_inner_plates_and_several_arguments():
     )
     error = torch.hypot(first.standard_error, second.standard_error)
     assert ((first.log_evidence - second.log_evidence) / error).abs().max() < 4.5
-    assert (first.effective_sample_size > 10 * before.effective_sample_size).double().mean() > 0.9
+    assert second.effective_sample_size.median() > 1.5 * before.effective_sample_size.median()
     some = draw_particles(curves.model, refined, x[[5, 2]], start[[5, 2]], num_particles=4)
     assert some.latents["parts"].shape == (4, 2, 3)
     assert some.latents["shift"].shape == (4, 2, 2)
