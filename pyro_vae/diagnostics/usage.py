@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 
+from pyro_vae.arguments import checked
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
@@ -59,6 +60,7 @@ class LatentUsage:
 
 
 @one_thread
+@checked
 @seeded
 def latent_usage(
     model: Callable,

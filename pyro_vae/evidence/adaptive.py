@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.joint_draws import JointDraws
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_draws, shares
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -46,6 +46,7 @@ LEAST_SHARE = 0.15  # each component gets at least this share of the draws
 
 
 @one_thread
+@checked
 @seeded
 def adaptive_importance_sampling(
     model: Callable,
@@ -126,7 +127,6 @@ def adaptive_importance_sampling(
         >>> bool((evidence.effective_sample_size > 500).all())
         True
     """
-    num_particles = check_num_particles(num_particles)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
 
     joint = None

@@ -15,6 +15,7 @@ from math import log, nan, sqrt
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice
 from pyro_vae.evidence.pareto import fit_tail, tail_length
 
 __all__ = ["LogWeightSummary", "pareto_khat"]
@@ -40,8 +41,7 @@ class LogWeightSummary:
     """
 
     def __init__(self, num_particles: int, *, smooth: bool = False, correction: str | None = None) -> None:
-        if correction not in (None, "delta", "jackknife"):
-            raise ValueError(f"correction: expected None, 'delta' or 'jackknife', got {correction!r}.")
+        check_choice("correction", correction, (None, "delta", "jackknife"))
         if correction is not None and num_particles < 2:
             raise ValueError(f"correction={correction!r} needs num_particles of at least 2, got {num_particles}.")
         self.num_particles, self.smooth, self.correction = num_particles, smooth, correction

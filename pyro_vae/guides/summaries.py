@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_vae.distributions.gaussians import MultivariateNormal
 from pyro_vae.guides.latents import Latent
 from pyro_vae.guides.sites import acts_on_elements
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -31,7 +30,6 @@ def sample_posterior(
     guide: Any, num_samples: int, args: tuple, kwargs: dict[str, Any], *, seed: int | None = None
 ) -> dict[str, Tensor]:
     """As `RowGuide.sample_posterior`."""
-    num_samples = check_num_particles(num_samples, "num_samples")
     sampler = _sampler(guide, args, kwargs)
     with torch.no_grad(), evaluation_mode(guide):
         return _aligned(sampler, guide, sampler.run(guide, num_samples))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
 from pyro_vae.models.vae import VAE
 from pyro_vae.pairs.threads import one_thread
@@ -24,6 +25,7 @@ __all__ = ["fit_layers", "stack"]
 
 
 @one_thread
+@checked
 def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any) -> list[FitResult]:
     """Trains the layers greedily, each on the codes E_q[z|x] of the layer before.
 

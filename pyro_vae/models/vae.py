@@ -18,6 +18,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.models.inputs import (
     ROWS_AT_ONCE,
@@ -246,6 +247,7 @@ class VAE(nn.Module):
     # -- without gradients, in evaluation mode, for any number of rows ------------------------------------------------
 
     @one_thread
+    @checked
     @torch.no_grad()
     def encode(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c): a distribution with batch shape (N,)."""
@@ -257,6 +259,7 @@ class VAE(nn.Module):
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
     @one_thread
+    @checked
     @torch.no_grad()
     def decode(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
@@ -265,6 +268,7 @@ class VAE(nn.Module):
             return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
 
     @one_thread
+    @checked
     @seeded
     def generate(
         self, size: int | None = None, *context: Tensor, mean: bool = False, seed: int | None = None
@@ -295,6 +299,7 @@ class VAE(nn.Module):
         return in_chunks(rows, size)
 
     @one_thread
+    @checked
     @seeded
     def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False, seed: int | None = None) -> Tensor:
         """Encodes x and decodes it again: z ~ q(z|x, c), x' ~ p(x|z, c).
@@ -319,6 +324,7 @@ class VAE(nn.Module):
         return in_chunks(rows, len(x))
 
     @one_thread
+    @checked
     @seeded
     def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False, seed: int | None = None) -> Tensor:
         """Generates data like x: it draws z_1, …, z_size ~ q(z|x, c) for each row, and x' ~ p(x|z_s, c) for each z_s.

@@ -22,6 +22,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.arguments import checked
 from pyro_vae.compiled.elbo import CompiledELBO
 from pyro_vae.compiled.policy import TRAINING, backend_for, check_compile
 from pyro_vae.pairs.modes import evaluation_mode, owners
@@ -39,6 +40,7 @@ __all__ = ["FitResult", "fit"]
 
 
 @one_thread
+@checked
 def fit(
     model: Callable,
     guide: Callable,
