@@ -1,8 +1,8 @@
-"""Arguments, checked at the door of each public function: names that mean the same everywhere are held to it everywhere.
+"""Arguments, checked at the door of each public function: names that mean the same everywhere are held to it.
 
-A count is a count whether it is called `num_particles` or `num_epochs`, and comes as an int, a NumPy integer or a tensor
-of one integer. `checked` looks at the names of a function's parameters, checks those that `KINDS` has, and hands on
-plain Python numbers. What depends on more than the one argument is checked by the function.
+A count is a count whether it is called `num_particles` or `num_epochs`, and comes as an int, a NumPy integer or a
+tensor of one integer. `checked` looks at the names of a function's parameters, checks those that `KINDS` has, and hands
+on plain Python numbers. What depends on more than the one argument is checked by the function.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_function",
+    "check_mapping",
     "check_number",
     "check_seed",
     "check_shape",
@@ -111,9 +112,17 @@ def check_path(where: str, value: Any) -> Any:
     return value
 
 
-def check_function(where: str, value: Any, what: str = "a function", advice: str = "lambda x: …") -> Any:
+def check_mapping(where: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where}: expected a dict by name, got {_shown(value)}. Try {{name: …}}.")
+    return value
+
+
+def check_function(
+    where: str, value: Any, what: str = "a function", advice: str = "lambda x: …", *, classes: bool = False
+) -> Any:
     """Raises TypeError for what cannot be called, and for a class, which would be made and not run."""
-    if not callable(value) or isinstance(value, (type, Tensor)):
+    if not callable(value) or isinstance(value, Tensor) or (isinstance(value, type) and not classes):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{where}: expected {what}, got {got}. Try {advice}.")
     return value
@@ -135,6 +144,12 @@ def check_shape(where: str, value: Any, *, least: int = 1, single: bool = True) 
     return tuple(check_count(f"{where}[{i}]", n, least=least) for i, n in enumerate(plain))
 
 
+def check_features(where: str, value: Any) -> int | tuple[int, ...]:
+    """The width of a vector, or the shape of a feature map: not the same as a shape of one dimension."""
+    shape = check_shape(where, value)
+    return shape if isinstance(value, Sequence) else shape[0]
+
+
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +160,8 @@ def check_tensors(where: str, value: Any) -> Any:
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError(
                 f"{path}: expected an array without a mask, which is not read, got a masked array. Try "
-                "x.filled(np.nan), with ObservedPart(likelihood) and MaskedInput(network), or x.data if none is missing."
+                "x.filled(np.nan), with ObservedPart(likelihood) and MaskedInput(network), or x.data where none is "
+                "missing."
             )
         if isinstance(x, Tensor) and x.is_meta:
             raise TypeError(f'{path}: expected a tensor with values, got one on device "meta". Try device="cpu".')
@@ -159,8 +175,8 @@ def refuse_unusual(where: str, value: Any, error: BaseException) -> None:
         got, advice = _unusual(x)
         if got is not None:
             raise TypeError(
-                f"{path}: expected a dense tensor of real numbers, which is what model and guide seem to take, got "
-                f"{got}. Try {advice}. The error was: {type(error).__name__}: {error}"
+                f"{path}: expected rows in a dense tensor of real numbers, as model and guide seem to take, got {got}. "
+                f"Try {advice}. The error was: {type(error).__name__}: {error}"
             ) from error
 
 
@@ -170,6 +186,8 @@ def _unusual(x: Any) -> tuple[str | None, str]:
             return ("a nested tensor", "x.to_padded_tensor(0.0)") if x.is_nested else ("a sparse one", "x.to_dense()")
         if x.is_complex() or x.is_quantized:
             return f"one of {x.dtype}", "torch.view_as_real(x)" if x.is_complex() else "x.dequantize()"
+        if x.numel() == 0:
+            return f"an empty one of shape {tuple(x.shape)}", "at least one row"
         return None, ""
     if isinstance(x, np.ndarray):
         return f"a numpy array of {x.dtype}", "torch.from_numpy(x.astype(np.float32))"
@@ -197,50 +215,32 @@ def _leaves(where: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 share = partial(check_number, low=0.0, high=1.0, what="a number between 0 and 1")
 positive = partial(check_number, low=0.0, what="a positive number")
-KINDS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(
-        [
-            "num_particles",
-            "num_samples",
-            "num_epochs",
-            "num_draws",
-            "num_simulations",
-            "num_temperatures",
-            "num_leapfrog",
-            "patience",
-            "cache_size",
-            "rank",
-            "num_components",
-            "num_categories",
-            "period",
-            "kernel_size",
-            "stride",
-            "in_features",
-            "out_features",
-            "size",
-            "total",
-            "num",
-            "n_components",
-        ],
-        check_count,
-    ),
-    **dict.fromkeys(["num_steps", "num_simulated", "context_size"], partial(check_count, least=0)),
-    **dict.fromkeys(["batch_size", "chunk_size"], partial(check_count, most=2**63 - 1)),
-    **dict.fromkeys(["progress", "smooth", "resample", "mean", "doubly_reparameterized"], check_flag),
-    **dict.fromkeys(["learning_rate", "clip_norm", "spread", "smallest", "init"], positive),
-    **dict.fromkeys(["defensive", "dropout"], partial(share, ends="[)")),
+COUNTS = """num_particles num_samples num_epochs num_draws num_simulations num_temperatures num_leapfrog patience
+    cache_size rank num_components num_categories period kernel_size stride in_features out_features size total num"""
+NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
+    COUNTS: check_count,
+    "num_steps num_simulated context_size": partial(check_count, least=0),
+    "batch_size chunk_size": partial(check_count, most=2**63 - 1),
+    "progress smooth resample mean doubly_reparameterized": check_flag,
+    "learning_rate clip_norm spread smallest init": positive,
+    "defensive dropout": partial(share, ends="[)"),
     "probability": partial(share, ends="[]"),
     "level": share,
     "rising": partial(share, ends="(]"),
     "threshold": partial(check_number, low=0.0, ends="[)", what="a number of at least 0"),
-    **dict.fromkeys(["compile", "parallel", "adaptive"], partial(check_choice, options=(True, False, "auto"))),
-    **dict.fromkeys(["plate", "name", "prefix", "role"], check_name),
-    **dict.fromkeys(["event_shape", "features", "in_shape"], check_shape),
-    "shape": check_shape,
-    **dict.fromkeys(["hidden_sizes", "channels", "out_size"], partial(check_shape, single=False)),
+    "compile parallel adaptive": partial(check_choice, options=(True, False, "auto")),
+    "plate name prefix role": check_name,
+    "event_shape in_shape shape": check_shape,
+    "features": check_features,
+    "hidden_sizes channels out_size": partial(check_shape, single=False),
     "seed": check_seed,
     "checkpoint": check_path,
+    "data validation_data": check_tensors,
+    "exact_draw draws coords dims stack": check_mapping,
+    "activation estimator": partial(check_function, classes=True),
+    "network": partial(check_function, what="a module", advice="MLP(3, [64])"),
 }
+KINDS = {name: check for names, check in NAMES.items() for name in names.split()}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:

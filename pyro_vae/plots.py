@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_vae.arguments import checked
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -163,6 +165,7 @@ def plot_traversal(
     return plot_images(decode(codes), row_labels=labels, column_labels=columns, ax=ax, **options)
 
 
+@checked
 def plot_interpolation(
     decode: Callable[[Any], Any], start: Any, stop: Any, *, num: int = 9, ax: Axes | None = None, **options: Any
 ) -> Axes:

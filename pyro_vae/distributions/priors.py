@@ -15,6 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import positive
 from pyro_vae.distributions.state import Copied
 from pyro_vae.distributions.structure import condition, event_shape_of
@@ -33,6 +34,7 @@ class StandardNormal(nn.Module):
         torch.Size([8])
     """
 
+    @checked
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
         self.event_shape = event_shape_of(event_shape)
@@ -56,10 +58,9 @@ class GaussianMixture(nn.Module):
         torch.Size([5, 2])
     """
 
+    @checked
     def __init__(self, num_components: int, event_shape: int | Sequence[int], *, spread: float = 1.0) -> None:
         super().__init__()
-        if num_components < 1:
-            raise ValueError(f"GaussianMixture: expected at least one component, got {num_components}.")
         shape = event_shape_of(event_shape)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(spread * torch.randn(num_components, *shape))

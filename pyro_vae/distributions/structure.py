@@ -21,6 +21,8 @@ from pyro.distributions.distribution import Distribution as PyroDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, constraints
 
+from pyro_vae.arguments import check_shape
+
 __all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value", "picklable_state"]
 
 
@@ -176,4 +178,4 @@ def expected_value(distribution: Any) -> Tensor | None:
 
 def event_shape_of(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The event shape as a tuple; an int is the length of a vector."""
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    return check_shape("event_shape", shape)

@@ -67,6 +67,7 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
     return results
 
 
+@checked
 def stack(layers: Sequence[VAE], *, name: str = "stack") -> VAE:
     """Combines the layers into one VAE of the data and the last layer's latent variable. It shares their weights.
 

@@ -85,6 +85,7 @@ class VAE(nn.Module):
         >>> loss = svi.step(torch.zeros(5, 8, 8), total=100)  # a mini-batch of 5 of 100 rows
     """
 
+    @checked
     def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
         super().__init__()
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior

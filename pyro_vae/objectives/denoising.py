@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
+from pyro_vae.arguments import check_number, checked
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["DenoisingELBO", "gaussian_noise", "masking_noise", "salt_and_pepper_noise"]
@@ -120,7 +120,7 @@ class _Noise:
         self._fill(strength)
 
     def _fill(self, strength: float) -> None:
-        self._check(float(strength))
+        self._check(strength)
         self._strength.fill_(float(strength))
 
     def _check(self, strength: float) -> None:
@@ -129,8 +129,7 @@ class _Noise:
 
 class _Gaussian(_Noise):
     def _check(self, strength: float) -> None:
-        if not 0 <= strength < inf:
-            raise ValueError(f"gaussian_noise: expected a finite scale >= 0, got {strength}.")
+        check_number("gaussian_noise: scale", strength, low=0.0, ends="[)", what="a finite scale >= 0")
 
     @property
     def scale(self) -> float:
@@ -149,8 +148,7 @@ class _Elementwise(_Noise):
     name = ""
 
     def _check(self, strength: float) -> None:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"{self.name}: expected a probability, got {strength}. Try a number from 0 to 1.")
+        check_number(f"{self.name}: probability", strength, low=0.0, high=1.0, ends="[]", what="a probability")
 
     @property
     def probability(self) -> float:
@@ -186,6 +184,7 @@ class _SaltAndPepper(_Elementwise):
         return torch.where(u < self._strength / 2, low, torch.where(u < self._strength, high, x))
 
 
+@checked
 def gaussian_noise(scale: float) -> Corruption:
     """x̃ = x + scale · ε, ε ~ N(0, I). Its attribute `scale` may be set later.
 
@@ -196,6 +195,7 @@ def gaussian_noise(scale: float) -> Corruption:
     return _Gaussian(scale)
 
 
+@checked
 def masking_noise(probability: float, value: float = 0.0) -> Corruption:
     """Sets each element to `value` with this probability. Its attribute `probability` may be set later.
 
@@ -206,6 +206,7 @@ def masking_noise(probability: float, value: float = 0.0) -> Corruption:
     return _Masking(probability, value)
 
 
+@checked
 def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:
     """Sets each element with this probability to one of two values, which are equally likely. Its attribute
     `probability` may be set later.

@@ -15,7 +15,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_sites
+from pyro_vae.arguments import refuse_unusual
+from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_roles, check_sites
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
@@ -81,7 +82,12 @@ class Pair:
         check_function("model", model)
         check_function("guide", guide)
         self.model, self.guide, self.args, self.kwargs, self.plate = model, guide, args, dict(kwargs or {}), plate
-        self.look, self.rows = self._find(cut)
+        try:
+            self.look, self.rows = self._find(cut)
+        except Exception as error:
+            for i, x in (*enumerate(self.args), *self.kwargs.items()):
+                refuse_unusual(f"argument {i!r}", x, error)
+            raise
         self.sites = find_sites(self.look.guide, self.look.model)
         drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
@@ -103,6 +109,7 @@ class Pair:
             ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
                 subsamples where `plate` is None.
         """
+        check_roles(self.model, self.guide, self.look)
         check_plate(self.look, self.plate)
         check_sites(self.look, self.plate, outside=outside)
         layout = Layout(self.look, self.plate, self.rows)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from numbers import Integral
 from typing import ParamSpec, TypeVar
 
 import pyro
 
+from pyro_vae.arguments import check_seed
 from pyro_vae.pairs.modes import fork_random_state
 
 __all__ = ["seeded"]
@@ -39,10 +39,9 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
         seed = kwargs.get("seed")
         if seed is None:
             return function(*args, **kwargs)
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**32:
-            raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1, or None, got {seed!r}.")
+        seed = check_seed("seed", seed)
         with fork_random_state():
-            pyro.set_rng_seed(int(seed))
+            pyro.set_rng_seed(seed)
             return function(*args, **kwargs)
 
     return with_seed

@@ -67,7 +67,7 @@ class Batches:
             self.columns.append(self._column(key, column, several))
         sizes = [len(c) for c in self.columns]
         if not sizes or min(sizes) == 0:
-            raise ValueError(f"{name} is empty: expected at least one row, got {sizes} rows.")
+            raise ValueError(f"{name} is empty: expected at least one row, got {sizes} rows. Try a tensor of rows.")
         if len(set(sizes)) > 1:
             of = "the dict" if isinstance(data, dict) else "the tuple"
             raise ValueError(
@@ -249,5 +249,6 @@ def _advice(data: Any, name: str, several: bool) -> str:
 def _tensor(x: Tensor | np.ndarray) -> Tensor:
     if isinstance(x, Tensor):
         return x
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
     x = torch.from_numpy(np.ascontiguousarray(x) if x.flags.writeable else np.array(x))
     return x.to(torch.get_default_dtype()) if x.is_floating_point() else x

@@ -79,10 +79,10 @@ class FitState:
             return
         path = Path(path)
         if not path.parent.is_dir():
-            raise ValueError(f"checkpoint: {path.parent} is no folder. Try to make it first.")
+            raise ValueError(f"checkpoint: expected a folder, got {path.parent}: {path.parent} is no folder. Try to make it first.")
         if path.exists():
             refusal = (
-                f"checkpoint: {path} was not written by fit(checkpoint=…). Try another name, or delete it if it is an "
+                f"checkpoint: expected a file of fit, got another one: {path} was not written by fit(checkpoint=…). Try another name, or delete it if it is an "
                 "incomplete file."
             )
             saved = read(path, refusal)

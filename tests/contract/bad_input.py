@@ -42,7 +42,7 @@ KINDS = {
     "choice": "method correction start schedule backend family norm kinds site",
     "share": "defensive level dropout probability",
     "positive": "smallest",
-    "number": "value start_at stop",
+    "number": "value",
     "rows": "args",
     "pair": "model",
     "function": "guide activation estimator",
@@ -57,9 +57,12 @@ KINDS = {
     "path": "checkpoint path",
     "name": "name prefix role",
     "layers": "layers",
-    "skip": """context kwargs options predictions features parameter_shapes concentration total_count scale df low high
-        transforms outside inputs limits event_dims name label quantity ax row_labels column_labels cmap class_names
-        dimensions y""",
+    "fixed": "concentration total_count scale df",
+    "features": "features",
+    "names": "given",
+    "label": "label",
+    "skip": """context kwargs options parameter_shapes predictions low high transforms outside inputs limits event_dims
+        quantity ax row_labels column_labels cmap class_names dimensions y""",
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
@@ -166,9 +169,9 @@ def run(case: Case) -> tuple[str, str]:
     after = state_of(arguments)
     if error is None:
         if case.verdict in ("wrong", "mine"):
-            return "silent", f"gave {str(found)[:200]}"
+            return "silent", f"gave {' '.join(str(found).split())[:120]}"
         if not sane(found):
-            return "silent", f"gave {str(found)[:200]}"
+            return "silent", f"gave {' '.join(str(found).split())[:120]}"
     else:
         reason = obscure(case, error)
         if reason:

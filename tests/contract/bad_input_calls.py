@@ -147,7 +147,7 @@ add(evidence.pareto_khat, lambda: {"log_weight": torch.randn(20, 3)}, log_weight
 add(
     pyro_vae.fit,
     lambda: {"model": (v := vae()).model, "guide": v.guide, "data": rows(), "num_epochs": 1, "seed": 0,
-             "progress": False, "compile": False},
+             "validation_data": rows(), "progress": False, "compile": False},
     learning_rate="positive", clip_norm="positive", validation_data="rows", plate="plate_of_fit", data="data",
 )  # fmt: skip
 add(
@@ -228,8 +228,8 @@ add(objectives.CombinedELBO, lambda: {"parts": [(Trace_ELBO(), 1.0)]}, parts="pa
 add(objectives.DenoisingELBO, lambda: {"corruption": objectives.gaussian_noise(0.1)}, corruption="maker")
 add(objectives.ForwardKL, lambda: {}, plate="name")
 add(objectives.ImportanceWeightedELBO, lambda: {"num_particles": 3}, plate="name")
-add(objectives.linear, lambda: {"num_steps": 3})
-add(objectives.cyclical, lambda: {"period": 3}, rising="share")
+add(objectives.linear, lambda: {"num_steps": 3}, num_steps="count", start="number", stop="number")
+add(objectives.cyclical, lambda: {"period": 3}, rising="share", start="number", stop="number")
 add(objectives.gaussian_noise, lambda: {"scale": 0.1}, scale="positive_or_zero")
 add(objectives.masking_noise, lambda: {"probability": 0.1})
 add(objectives.salt_and_pepper_noise, lambda: {"probability": 0.1}, values="numbers")

@@ -180,6 +180,14 @@ SIZES = wrong(
     texts=constant(["4"]),
 )
 VALUES = {
+    "fixed": wrong(
+        text=constant("a"), list=constant([1.0, "a"]), object=lambda _: object(), nan=constant(NAN), zero=constant(0.0),
+        negative=constant(-1.0), infinite=constant(INF), complex=constant(1j), shape=lambda _: torch.ones(7),
+    ),
+    "features": wrong(text=constant("a"), half=constant(2.5), negative=constant(-1), zero=constant(0), nan=constant(NAN)),
+    "names": wrong(number=constant(3), unknown=constant(["nope"]), numbers=constant([1]), text=constant("nope")),
+    "layers": wrong(none=constant(None), text=constant("ab"), number=constant(3), empty=constant([]), one=lambda call:
+        call["layers"][0], functions=constant([raises, raises])),
     "count": [*COUNT, ("zero", constant(0), "wrong")],
     "count_or_zero": COUNT,
     "positive": [*NUMBER, ("negative", constant(-1.0), "wrong"), ("zero", constant(0.0), "wrong")],
