@@ -8,7 +8,7 @@ on plain Python numbers. What depends on more than the one argument is checked b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from math import inf, isfinite
 from os import PathLike
@@ -23,7 +23,10 @@ __all__ = [
     "check_count",
     "check_function",
     "check_mapping",
+    "check_name",
+    "check_names",
     "check_number",
+    "check_positive",
     "check_seed",
     "check_shape",
     "checked",
@@ -115,6 +118,24 @@ def check_path(where: str, value: Any) -> Any:
 def check_mapping(where: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise TypeError(f"{where}: expected a dict by name, got {_shown(value)}. Try {{name: …}}.")
+    return value
+
+
+def check_names(where: str, value: Any) -> tuple[str, ...]:
+    """Several names as a tuple; one name is no sequence of its letters."""
+    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(x, str) for x in value):
+        raise TypeError(f"{where}: expected a sequence of names, got {_shown(value)}. Try ('z',).")
+    return tuple(value)
+
+
+def check_positive(where: str, value: Any) -> Any:
+    """A positive number, a tensor of these, or a module that gives them."""
+    if isinstance(value, torch.nn.Module):
+        return value
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return check_number(where, value, low=0.0, what="a positive number, a tensor of these or a module")
+    if value.is_complex() or value.is_meta or not ((value > 0) & value.isfinite()).all():
+        raise ValueError(f"{where}: expected a positive number or tensor, got {_shown(value)}. Try 1.0, or a module.")
     return value
 
 
@@ -237,6 +258,9 @@ NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
     "checkpoint": check_path,
     "data validation_data": check_tensors,
     "exact_draw draws coords dims stack": check_mapping,
+    "kinds given": check_names,
+    "scale df total_count concentration": check_positive,
+    "decode inputs": check_function,
     "activation estimator": partial(check_function, classes=True),
     "network": partial(check_function, what="a module", advice="MLP(3, [64])"),
 }
@@ -287,7 +311,14 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         for name, value in given.items():
             if name in kinds and not (value is None and name in optional):
                 given[name] = _checked(kinds[name], f"{where}: {name}", value)
-        return function(*bound.args, **bound.kwargs)
+        if not of_class:
+            return function(*bound.args, **bound.kwargs)
+        before = torch.get_rng_state()
+        try:
+            return function(*bound.args, **bound.kwargs)
+        except Exception:
+            torch.set_rng_state(before)  # weights that were drawn before something else did not fit
+            raise
 
     return with_checks
 

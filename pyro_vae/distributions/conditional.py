@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_vae.arguments import check_number, checked
+from pyro_vae.arguments import check_positive, checked
 from pyro_vae.distributions.structure import Broadcasting, event_shape_of
 
 __all__ = ["SMALLEST_SCALE", "Conditional", "positive"]
@@ -120,12 +120,8 @@ class Conditional(Broadcasting):
         if value is None or isinstance(value, nn.Module):
             setattr(self, name, value)
             return
-        value = torch.as_tensor(
-            value if isinstance(value, Tensor) else check_number(f"{type(self).__name__}: {name}", value),
-            dtype=next(self.parameters()).dtype,
-        )
-        if not ((value > 0) & value.isfinite()).all():
-            raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}. Try 1.0, or a module.")
+        value = check_positive(f"{type(self).__name__}: {name}", value)
+        value = torch.as_tensor(value, dtype=next(self.parameters()).dtype)
         shape, event = tuple(value.shape), self.event_shape
         pairs = zip(reversed(shape), reversed(event), strict=False)
         if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more would pass for a batch

@@ -18,7 +18,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
 from pyro_vae.distributions.state import Copied, tensors_of, versions
-from pyro_vae.distributions.structure import Broadcasting, condition
+from pyro_vae.distributions.structure import Broadcasting, check_conditional, condition
 
 __all__ = ["ConditionalFlow"]
 
@@ -61,7 +61,7 @@ class ConditionalFlow(Broadcasting):
 
     def __init__(self, base: Any, transforms: Sequence[Any], *, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.base, self.network = base, network
+        self.base, self.network = check_conditional("ConditionalFlow: base", base), network
         self.transforms = list(transforms)
         self.transforms_modules = nn.ModuleList(m for t in transforms for m in _modules(t))
         if network is None and any(hasattr(t, "condition") for t in transforms):

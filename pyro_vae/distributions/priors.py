@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import positive
 from pyro_vae.distributions.state import Copied
-from pyro_vae.distributions.structure import condition, event_shape_of
+from pyro_vae.distributions.structure import check_conditional, condition, event_shape_of
 
 __all__ = ["GaussianMixture", "StandardNormal", "VampPrior"]
 
@@ -96,7 +96,7 @@ class VampPrior(nn.Module):
 
     def __init__(self, posterior: Any, pseudo_inputs: Tensor, *, limits: tuple[float, float] | None = None) -> None:
         super().__init__()
-        self._shared = (posterior,)  # not a submodule: its weights are the posterior's
+        self._shared = (check_conditional("VampPrior", posterior),)  # not a submodule: its weights are the posterior's
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.limits = limits
 

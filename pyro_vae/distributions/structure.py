@@ -23,7 +23,19 @@ from torch.distributions import Independent, constraints
 
 from pyro_vae.arguments import check_shape
 
-__all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value", "picklable_state"]
+__all__ = ["Broadcasting", "check_conditional", "condition", "event_shape_of", "expected_value", "picklable_state"]
+
+
+def check_conditional(role: str, conditional: Any) -> Any:
+    """Raises TypeError for what can be no conditional distribution."""
+    kinds = (torch.distributions.Distribution, dist.ConditionalDistribution)
+    if isinstance(conditional, kinds) or (callable(conditional) and not isinstance(conditional, (type, Tensor))):
+        return conditional
+    got = f"the class {conditional.__name__}" if isinstance(conditional, type) else repr(conditional)
+    raise TypeError(
+        f"{role}: expected a distribution or a callable that returns one, got {got}. Try "
+        "ConditionalNormal(network, size), or dist.Normal(loc, scale).to_event(1)."
+    )
 
 
 def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
@@ -53,10 +65,8 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
         result = conditional.condition(*inputs)
     elif isinstance(conditional, Broadcasting):
         result = conditional(*inputs, event_dims=event_dims)
-    elif callable(conditional):
-        result = conditional(*inputs)
     else:
-        raise TypeError(f"{role}: expected a distribution or a callable that returns one, got {conditional!r}.")
+        result = check_conditional(role, conditional)(*inputs)
     if isinstance(result, PyroDistribution):
         return result
     if isinstance(result, torch.distributions.Distribution):

@@ -212,7 +212,9 @@ def from_pyro(
         ('chain', 'draw', 'data')
     """
     if getattr(mcmc, "_samples", None) is None:
-        raise TypeError(f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}.")
+        raise TypeError(
+            f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}. Try mcmc.run(x)."
+        )
     samples = mcmc.get_samples(group_by_chain=True)
     groups = Groups(coords, dims, next(iter(samples.values())).shape[0], stack)
     put_statistics(groups, mcmc, samples)

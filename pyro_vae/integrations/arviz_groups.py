@@ -155,7 +155,9 @@ class Groups:
             ("coords", self.coords, {dim for d in datasets.values() for dim in d.dims}),
         ):
             if unknown := given.keys() - known:
-                raise ValueError(f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}. Try one of these.")
+                raise ValueError(
+                    f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}. Try one of these."
+                )
         if arviz.__version__.startswith("0."):  # in 1.x, the name InferenceData stands for DataTree
             return arviz.InferenceData(**datasets)
         return xr.DataTree.from_dict(datasets)
@@ -166,7 +168,9 @@ class Groups:
             steps = {group: _steps(name, variables) for group, variables in found.items()}
             if not any(steps.values()):
                 known = sorted({variable for variables in found.values() for variable in variables})
-                raise ValueError(f"stack[{name!r}]: expected variables {name}_0, {name}_1, …, got only {known}. Try other names.")
+                raise ValueError(
+                    f"stack[{name!r}]: expected variables {name}_0, {name}_1, …, got only {known}. Try other names."
+                )
             for group, of_group in steps.items():
                 if of_group:
                     parts = {step: found[group].pop(own) for step, own in of_group.items()}

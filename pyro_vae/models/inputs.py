@@ -10,6 +10,7 @@ import torch
 from pyro.poutine.util import is_validation_enabled
 from torch import Size, Tensor
 
+from pyro_vae.arguments import check_count
 from pyro_vae.distributions.structure import expected_value
 from pyro_vae.pairs.checks import check_support
 
@@ -30,9 +31,10 @@ ROWS_AT_ONCE = 4096  # rows in one pass of generate, reconstruct and similar
 
 def data_plate(size: int, total: int | None) -> Any:
     """The plate "data" of `size` rows; of `total` rows, `size` of which are here, where `total` is given."""
+    size = check_count("VAE: size", size, least=0)
     if total is None:
         return pyro.plate("data", size)
-    if total < size:
+    if check_count("VAE: total", total) < size:
         raise ValueError(
             f"VAE: expected total, the number of rows of all data, to be at least the {size} rows of this batch, got "
             f"{total}. Try total=len(data)."
@@ -102,7 +104,7 @@ def value_of(distribution: Any, mean: bool) -> Tensor:
 def in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
     """rows(start, stop) for all of `size` rows, of which each gives `draws`."""
     if size < 1:
-        raise ValueError(f"expected at least one row of data, or one to generate, got {size}.")
+        raise ValueError(f"expected at least one row of data, or one to generate, got {size}. Try x[:1].")
     at_once = max(1, ROWS_AT_ONCE // draws)
     return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
 

@@ -121,6 +121,8 @@ class _NoModule(nn.Module):
 def _check_layers(layers: Any, where: str) -> None:
     if isinstance(layers, nn.Module):
         raise TypeError(f"{where}: expected a list of VAEs, got one {type(layers).__name__}. Try [layer].")
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, VAE) for layer in layers):
+        raise TypeError(f"{where}: expected a list of VAEs, got {layers!r}. Try [VAE(…), VAE(…)].")
     if not layers:
         raise ValueError(f"{where}: expected at least one layer, got none. Try [VAE(…), VAE(…)].")
 

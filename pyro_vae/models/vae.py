@@ -18,8 +18,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
-from pyro_vae.arguments import checked
-from pyro_vae.distributions.structure import picklable_state
+from pyro_vae.arguments import check_name, checked
+from pyro_vae.distributions.structure import check_conditional, picklable_state
 from pyro_vae.models.inputs import (
     ROWS_AT_ONCE,
     check_contexts,
@@ -88,6 +88,8 @@ class VAE(nn.Module):
     @checked
     def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
         super().__init__()
+        for role, part in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
+            check_conditional(f"VAE: {role}", part)
         self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
         self.name = name
         self._registered = name  # the name in the parameter store
@@ -165,6 +167,7 @@ class VAE(nn.Module):
             >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
             >>> loss = svi.step(torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 0, 1]))
         """
+        check_name("sample_model: prefix", prefix)
         dims = event_dims_of_rows(*context) if x is None else event_dims_of(self.likelihood, x, *context)
         return model_sites(self, x, context, dims, prior, prefix)[0]
 
@@ -174,7 +177,7 @@ class VAE(nn.Module):
         Returns:
             z, (*plates, *event).
         """
-        return pyro.sample(f"{prefix}z", self.posterior_given(x, *context))
+        return pyro.sample(f"{check_name('sample_guide: prefix', prefix)}z", self.posterior_given(x, *context))
 
     def likelihood_given(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger model.
@@ -285,10 +288,6 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        if size is not None and not isinstance(size, int):
-            raise TypeError(
-                f"generate: expected an int or None as size, got {type(size).__name__}. Try generate(None, c)."
-            )
         size = size if size is not None else len(context[0]) if context else 1
         check_contexts("generate", size, *context)
 
@@ -340,8 +339,6 @@ class VAE(nn.Module):
         Returns:
             (size, N, *event).
         """
-        if size < 1:
-            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
         check_contexts("similar", len(x), *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
 

@@ -51,6 +51,8 @@ class DenoisingELBO(ELBO):
     """
 
     def __init__(self, corruption: Corruption, elbo: ELBO | None = None) -> None:
+        if elbo is not None and not isinstance(elbo, ELBO):
+            raise TypeError(f"DenoisingELBO: elbo: expected a pyro.infer.ELBO, got {elbo!r}. Try Trace_ELBO().")
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.corruption = corruption
         self._guides: tuple[Callable, Callable] | None = None  # the last guide, and its corrupted version
@@ -62,7 +64,7 @@ class DenoisingELBO(ELBO):
 
     @corruption.setter
     def corruption(self, corruption: Corruption) -> None:
-        if not callable(corruption):
+        if not callable(corruption) or isinstance(corruption, Tensor):
             raise TypeError(
                 f"DenoisingELBO: expected a function Tensor → Tensor as corruption, got {corruption!r}. Try "
                 "gaussian_noise(0.5), or elbo.corruption.scale = 0.5 for a new strength."
@@ -184,7 +186,6 @@ class _SaltAndPepper(_Elementwise):
         return torch.where(u < self._strength / 2, low, torch.where(u < self._strength, high, x))
 
 
-@checked
 def gaussian_noise(scale: float) -> Corruption:
     """x̃ = x + scale · ε, ε ~ N(0, I). Its attribute `scale` may be set later.
 
@@ -203,7 +204,7 @@ def masking_noise(probability: float, value: float = 0.0) -> Corruption:
         >>> masking_noise(0.3)(torch.ones(10000)).mean().round(decimals=1)
         tensor(0.7000)
     """
-    return _Masking(probability, value)
+    return _Masking(probability, check_number("masking_noise: value", value))
 
 
 @checked
@@ -215,4 +216,15 @@ def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0
         >>> salt_and_pepper_noise(1.0)(torch.full((3, 4), 0.5)).unique()
         tensor([0., 1.])
     """
-    return _SaltAndPepper(probability, values)
+    low, high = (check_number("salt_and_pepper_noise: values", value) for value in _two(values))
+    return _SaltAndPepper(probability, (low, high))
+
+
+def _two(values: Any) -> tuple[Any, Any]:
+    try:
+        low, high = values
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"salt_and_pepper_noise: values: expected two numbers, got {values!r}. Try (0.0, 1.0)."
+        ) from None
+    return low, high

@@ -41,8 +41,8 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
             bad = (x.isinf() if may_miss else ~torch.isfinite(x)).reshape(len(x), -1).any(1)
             if bad.any():
                 raise ValueError(
-                    f"argument {i}: expected finite numbers, got others: {int(bad.sum())} of {len(x)} rows are {'' if may_miss else 'NaN or '}infinite, the "
-                    f"first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
+                    f"argument {i}: expected finite numbers, got others: {int(bad.sum())} of {len(x)} rows are "
+                    f"{'' if may_miss else 'NaN or '}infinite, the first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
                     "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
                 )
 
@@ -72,8 +72,8 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     outside = value.reshape(len(inside), -1)[row] if inside.dim() else value.reshape(-1)
     outside = outside[~outside.isnan()] if ignores_missing(fn) else outside
     raise ValueError(
-        f"site {name!r}: expected values in the support, got others: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
-        f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
+        f"site {name!r}: expected values in the support, got others: {int(bad.sum())} of {bad.numel()} rows lie "
+        f"outside the support of {family} ({base.support}), the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
         + advice
     )
 
@@ -127,7 +127,8 @@ def check_plate(look: Look, plate: str | None) -> None:
     found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
     advice = "plate=… with one of these names" if found else f"with pyro.plate({plate!r}, len(x))"
     raise ValueError(
-        f"plate: expected one around each data point, got no plate {plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
+        f"plate: expected one around each data point, got no plate {plate!r} in model and guide (their plates: "
+        f"{found or 'none'}); the evidence of each "
         f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
         "evidence of all data."
     )

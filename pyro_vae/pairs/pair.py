@@ -88,6 +88,7 @@ class Pair:
             for i, x in (*enumerate(self.args), *self.kwargs.items()):
                 refuse_unusual(f"argument {i!r}", x, error)
             raise
+        self._check_log_probs()
         self.sites = find_sites(self.look.guide, self.look.model)
         drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
@@ -98,6 +99,14 @@ class Pair:
     def layout(self) -> Layout:
         """Where data points are among a tensor's dimensions, of a pair that is all inside the plate of these."""
         return self.find_layout()
+
+    def _check_log_probs(self) -> None:
+        for name, log_prob in (item for found in self.look.log_probs for item in found.items()):
+            if log_prob is not None and log_prob.is_complex():
+                raise TypeError(
+                    f"site {name!r}: expected real values, got a log-probability of {log_prob.dtype}. Try "
+                    "torch.view_as_real(x)."
+                )
 
     def find_layout(self, outside: str = "") -> Layout:
         """Where data points are among a tensor's dimensions, of a pair whose draws can be weighed for each of them.

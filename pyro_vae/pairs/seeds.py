@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -18,7 +19,8 @@ R = TypeVar("R")
 
 
 def seeded(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose keyword argument `seed`, where it is not None, decides its draws and disturbs no others.
+    """A function whose keyword argument `seed`, where it is not None, decides its draws and disturbs no others. A call
+    that raises leaves no parameters in Pyro's store that were not there before.
 
     The generators of torch, NumPy and Python are seeded for the call, and afterwards are where they were before it.
 
@@ -38,10 +40,24 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
     def with_seed(*args: P.args, **kwargs: P.kwargs) -> R:
         seed = kwargs.get("seed")
         if seed is None:
-            return function(*args, **kwargs)
+            with _store_as_it_was():
+                return function(*args, **kwargs)
         seed = check_seed("seed", seed)
-        with fork_random_state():
+        with fork_random_state(), _store_as_it_was():
             pyro.set_rng_seed(seed)
             return function(*args, **kwargs)
 
     return with_seed
+
+
+@contextmanager
+def _store_as_it_was() -> Iterator[None]:
+    """Where something is raised, takes away the parameters that runs have put into Pyro's store until then."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    except BaseException:
+        for name in set(store.keys()) - before:
+            del store[name]
+        raise

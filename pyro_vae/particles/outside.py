@@ -89,8 +89,8 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
     """
     if missing := sorted(sites.keys() - draws.keys()):
         raise ValueError(
-            f"draws: expected draws of the sites {sorted(sites)}, got {sorted(draws)}, missing {missing}. Try draws of all "
-            "of them, as mcmc.get_samples() or draw_posterior(…) give."
+            f"draws: expected draws of the sites {sorted(sites)}, got {sorted(draws)}, missing {missing}. Try draws of "
+            "all of them, as mcmc.get_samples() or draw_posterior(…) give."
         )
     found = {}
     for name, (site, shape) in sites.items():
@@ -105,10 +105,14 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
         except (RuntimeError, ValueError):  # a support that depends on other draws
             inside = None
         if (value.is_floating_point() and not torch.isfinite(value).all()) or (inside is not None and not inside.all()):
-            raise ValueError(f"draws[{name!r}]: expected values inside of the support of its prior, got some outside. Try others.")
+            raise ValueError(
+                f"draws[{name!r}]: expected values inside of the support of its prior, got some outside. Try others."
+            )
         found[name] = value
     if len({len(value) for value in found.values()}) > 1:
-        raise ValueError(f"draws: expected as many of each site, got { {n: len(v) for n, v in found.items()} }. Try v[:100].")
+        raise ValueError(
+            f"draws: expected as many of each site, got { {n: len(v) for n, v in found.items()} }. Try v[:100]."
+        )
     return found
 
 

@@ -248,7 +248,8 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
         if isinstance(optim, torch.optim.LBFGS):
             raise TypeError(
                 "optimizer: expected one that steps by the gradient of one batch, got LBFGS, which takes a function "
-                "that it evaluates many times. Try torch.optim.Adam, or a loop of your own over elbo.differentiable_loss."
+                "that it evaluates many times. Try torch.optim.Adam, or a loop of your own over "
+                "elbo.differentiable_loss."
             )
         if isinstance(optim, torch.optim.Optimizer):
             return optim

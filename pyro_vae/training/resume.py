@@ -79,11 +79,13 @@ class FitState:
             return
         path = Path(path)
         if not path.parent.is_dir():
-            raise ValueError(f"checkpoint: expected a folder, got {path.parent}: {path.parent} is no folder. Try to make it first.")
+            raise ValueError(
+                f"checkpoint: expected a folder, got {path.parent}: {path.parent} is no folder. Try to make it first."
+            )
         if path.exists():
             refusal = (
-                f"checkpoint: expected a file of fit, got another one: {path} was not written by fit(checkpoint=…). Try another name, or delete it if it is an "
-                "incomplete file."
+                f"checkpoint: expected a file of fit, got another one: {path} was not written by "
+                "fit(checkpoint=…). Try another name, or delete it if it is an incomplete file."
             )
             saved = read(path, refusal)
             if not (isinstance(saved, dict) and saved.keys() >= ENTRIES):
