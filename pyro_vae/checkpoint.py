@@ -82,7 +82,10 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
         ValueError: names, shapes or dtypes differ (the message lists them), or `save_weights` did not write the file.
     """
     _check_order("load_weights", module, path)
-    refusal = f"{path} was not written by save_weights. Try another file, or save the weights again."
+    refusal = (
+        f"path: expected a file of save_weights, got another: {path} was not written by save_weights. Try another "
+        "file, or save the weights again."
+    )
     saved = read(path, refusal)
     if not (isinstance(saved, dict) and all(isinstance(tensor, Tensor) for tensor in saved.values())):
         raise ValueError(refusal)

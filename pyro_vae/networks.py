@@ -239,6 +239,8 @@ class MaskedInput(nn.Module):
         return self.network.out_features  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise ValueError(f"MaskedInput: expected rows (N, *event), got shape {tuple(x.shape)}. Try x[None].")
         missing = x.isnan()
         return self.network(torch.cat([x.masked_fill(missing, 0.0), (~missing).to(x.dtype)], dim=1), *context)
 

@@ -123,6 +123,7 @@ def plot_images(
     return ax
 
 
+@checked
 def plot_traversal(
     decode: Callable[[Any], Any],
     z: Any,

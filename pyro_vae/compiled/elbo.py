@@ -92,8 +92,6 @@ class CompiledELBO(ELBO):
 
     @checked
     def __init__(self, elbo: ELBO | None = None, *, backend: str = "inductor", cache_size: int = 8) -> None:
-        if elbo is not None and not isinstance(elbo, ELBO):
-            raise TypeError(f"elbo: expected a pyro.infer.ELBO, got {elbo!r}. Try CompiledELBO(Trace_ELBO()).")
         check_choice("backend", backend, ("inductor", "eager"))
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size

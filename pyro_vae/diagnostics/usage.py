@@ -117,7 +117,7 @@ def latent_usage(
     noise: Tensor | float = 0.0
     with torch.no_grad(), evaluation_mode(model, guide):
         for rows in sampler.chunks(1)[0]:
-            guide_trace, model_trace = sampler.traces(1, rows, check=False)
+            guide_trace, model_trace = sampler.traces(1, rows)
             latents = [n for n, s in sample_sites(guide_trace).items() if not s["is_observed"]]
             if (site is None and len(latents) != 1) or (site is not None and site not in latents):
                 raise ValueError(f"site: expected one of {latents}, got {site!r}. Try site={latents[0]!r}.")

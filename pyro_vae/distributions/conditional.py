@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_vae.arguments import check_positive, checked
+from pyro_vae.arguments import check_dense, check_positive, checked
 from pyro_vae.distributions.structure import Broadcasting, event_shape_of
 
 __all__ = ["SMALLEST_SCALE", "Conditional", "positive"]
@@ -140,6 +140,7 @@ class Conditional(Broadcasting):
 
     def check(self, x: Tensor) -> None:
         """Raises TypeError if x has another dtype than the weights, and ValueError if it is on another device."""
+        check_dense(type(self).__name__, x)
         weight = self.head.weight
         if x.dtype != weight.dtype:
             raise TypeError(

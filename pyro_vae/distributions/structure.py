@@ -116,6 +116,11 @@ class Broadcasting(nn.Module):
     def rows(inputs: Sequence[Tensor], event_dims: Sequence[int] | None) -> tuple[Size, list[Tensor]]:
         """The batch shape of the inputs, and the inputs with the batch flattened, (B, *event)."""
         dims = [1] * len(inputs) if event_dims is None else event_dims
+        for x, d in zip(inputs, dims, strict=True):
+            if x.dim() < d:
+                raise ValueError(
+                    f"expected an input (*batch, *event) with {d} event dimensions, got shape {tuple(x.shape)}. Try x.reshape(1, -1)."
+                )
         batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
         return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]

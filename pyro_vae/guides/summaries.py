@@ -15,7 +15,7 @@ from pyro_vae.guides.latents import Latent
 from pyro_vae.guides.sites import acts_on_elements
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode
-from pyro_vae.pairs.seeds import seeded
+from pyro_vae.pairs.seeds import seeded, store_as_it_was
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.supports import bijection
 from pyro_vae.particles.sampler import ParticleSampler
@@ -42,7 +42,8 @@ def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str
         raise ValueError(
             f"quantiles: expected a sequence of levels between 0 and 1, got {levels}. Try [0.05, 0.5, 0.95]."
         )
-    sampler, found = _sampler(guide, args, kwargs), {}
+    with store_as_it_was():
+        sampler, found = _sampler(guide, args, kwargs), {}
     with torch.no_grad(), evaluation_mode(guide), torch.random.fork_rng():
         torch.manual_seed(0)  # the same guide has the same quantiles
         sites = sample_sites(sampler.run(guide, 8))
@@ -69,7 +70,9 @@ def _sampler(guide: Any, args: tuple, kwargs: dict[str, Any]) -> ParticleSampler
     model = guide.model
     if guide.outside is None:  # latents outside of the plate have another guide, which is not asked
         model = poutine.block(model, hide=list(guide.latents.outside))
-    return ParticleSampler(model, guide, args, kwargs, plate=guide.plate, outside=True)
+    sampler = ParticleSampler(model, guide, args, kwargs, plate=guide.plate, outside=True)
+    sampler.check()
+    return sampler
 
 
 def _names(guide: Any) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from pyro.poutine.util import is_validation_enabled
 from torch import Size, Tensor
 
-from pyro_vae.arguments import check_count
+from pyro_vae.arguments import check_count, check_dense
 from pyro_vae.distributions.structure import expected_value
 from pyro_vae.pairs.checks import check_support
 
@@ -31,7 +31,7 @@ ROWS_AT_ONCE = 4096  # rows in one pass of generate, reconstruct and similar
 
 def data_plate(size: int, total: int | None) -> Any:
     """The plate "data" of `size` rows; of `total` rows, `size` of which are here, where `total` is given."""
-    size = check_count("VAE: size", size, least=0)
+    size = check_count("VAE: size", size)
     if total is None:
         return pyro.plate("data", size)
     if check_count("VAE: total", total) < size:
@@ -45,9 +45,10 @@ def data_plate(size: int, total: int | None) -> Any:
 def event_dims_of_rows(*rows: Tensor) -> list[int]:
     """The number of event dimensions of each tensor of rows, (N, *event)."""
     for x in rows:
-        if not isinstance(x, Tensor) or not x.dim():
+        if not isinstance(x, Tensor) or not (x.is_nested or x.dim()):
             got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"VAE: expected tensors of rows, (N, *event), got {got}. Try torch.as_tensor(x).float().")
+        check_dense("VAE", x)
     return [x.dim() - 1 for x in rows]
 
 
@@ -55,8 +56,9 @@ def event_dims_of(likelihood: Any, x: Tensor, *context: Tensor) -> list[int]:
     """The number of event dimensions of x and contexts in any plates, (*plates, *event): from the likelihood's event
     shape where it tells it, else as for `event_dims_of_rows`."""
     shape = getattr(likelihood, "event_shape", None)
-    if shape is None or not isinstance(x, Tensor) or x.dim() < len(shape):
+    if shape is None or not isinstance(x, Tensor) or x.is_nested or x.dim() < len(shape):
         return event_dims_of_rows(x, *context)
+    check_dense("VAE", x)
     plates = x.dim() - len(shape)
     for c in context:
         if c.dim() < plates:

@@ -8,6 +8,8 @@ of a larger model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -21,7 +23,7 @@ from pyro_vae.models.inputs import check_event, check_likelihood, check_posterio
 from pyro_vae.models.registration import Declared, declare
 from pyro_vae.pairs.names import store_name
 
-__all__ = ["declared", "latent_shape", "model_sites", "posterior_of"]
+__all__ = ["declared", "explained", "latent_shape", "model_sites", "posterior_of"]
 
 
 def model_sites(
@@ -54,17 +56,25 @@ def model_sites(
 
 def posterior_of(vae: Any, x: Tensor, context: tuple[Tensor, ...], dims: list[int]) -> Any:
     """q(z|x, c), checked; `dims` are the event dimensions of x and the contexts."""
-    try:
+    with explained(x):
         q_z = declared(vae, "posterior")(x, *context, event_dims=dims)
-    except ValueError as error:
-        if not x.isnan().any():
-            raise
-        raise ValueError(
-            "posterior: its network cannot take rows with missing values (NaN). Try MaskedInput(network), with "
-            "a network for inputs of twice the width, which sees which elements are missing."
-        ) from error
     check_posterior(q_z, latent_shape(vae), x.shape[: x.dim() - dims[0]])
     return q_z
+
+
+@contextmanager
+def explained(x: Tensor, role: str = "posterior") -> Iterator[None]:
+    """Says of an error in q(z|x), or p(x|z), that it is due to rows which are not finite, where there are such."""
+    try:
+        yield
+    except ValueError as error:
+        if x.isfinite().all():
+            raise
+        raise ValueError(
+            f"{role}: expected finite rows, got {'NaN' if x.isnan().any() else 'infinity'}: its network cannot take "
+            "rows with missing values (NaN) or infinite ones. Try to scale or drop the latter, and for the former "
+            "MaskedInput(network), with a network for inputs of twice the width, which sees which elements are missing."
+        ) from error
 
 
 def latent_shape(vae: Any) -> Size:

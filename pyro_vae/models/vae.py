@@ -31,7 +31,7 @@ from pyro_vae.models.inputs import (
     value_of,
 )
 from pyro_vae.models.registration import Declared, random_attributes
-from pyro_vae.models.sites import declared, latent_shape, model_sites, posterior_of
+from pyro_vae.models.sites import declared, explained, latent_shape, model_sites, posterior_of
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -113,11 +113,11 @@ class VAE(nn.Module):
         Returns:
             x, (N, *event).
         """
+        dims = event_dims_of_rows(*context) if x is None else event_dims_of_rows(x, *context)
         rows = x if x is not None else context[0] if context else None
         if size is None:
             size = 1 if rows is None else len(rows)
         check_contexts("model", size, *context)
-        dims = event_dims_of_rows(*context) if x is None else event_dims_of_rows(x, *context)
         with data_plate(size, total):
             return model_sites(self, x, context, dims)[1]
 
@@ -189,9 +189,9 @@ class VAE(nn.Module):
         Returns:
             A distribution with batch shape (*batch,).
         """
-        return declared(self, "likelihood")(
-            z, *context, event_dims=[len(latent_shape(self)), *event_dims_of_rows(*context)]
-        )
+        dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
+        with explained(z, "likelihood"):
+            return declared(self, "likelihood")(z, *context, event_dims=dims)
 
     def posterior_given(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger guide.
@@ -258,7 +258,8 @@ class VAE(nn.Module):
         with evaluation_mode():
             dims = event_dims_of_rows(x, *context)
             check_contexts("encode", len(x), *context)
-            q_z = Declared(self.posterior, "posterior")(x, *context, event_dims=dims)
+            with explained(x):
+                q_z = Declared(self.posterior, "posterior")(x, *context, event_dims=dims)
             check_posterior(q_z, latent_shape(self), x.shape[:1])
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
@@ -269,7 +270,8 @@ class VAE(nn.Module):
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
         with evaluation_mode():
             dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
-            return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
+            with explained(z, "likelihood"):
+                return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
 
     @one_thread
     @checked
@@ -314,6 +316,7 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
+        event_dims_of_rows(x)
         check_contexts("reconstruct", len(x), *context)
 
         def rows(start: int, stop: int) -> Tensor:
@@ -339,6 +342,7 @@ class VAE(nn.Module):
         Returns:
             (size, N, *event).
         """
+        event_dims_of_rows(x)
         check_contexts("similar", len(x), *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
 

@@ -50,9 +50,8 @@ class DenoisingELBO(ELBO):
         >>> result = fit(vae.model, vae.guide, x, num_epochs=2, loss=DenoisingELBO(masking_noise(0.3)), seed=0)
     """
 
+    @checked
     def __init__(self, corruption: Corruption, elbo: ELBO | None = None) -> None:
-        if elbo is not None and not isinstance(elbo, ELBO):
-            raise TypeError(f"DenoisingELBO: elbo: expected a pyro.infer.ELBO, got {elbo!r}. Try Trace_ELBO().")
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.corruption = corruption
         self._guides: tuple[Callable, Callable] | None = None  # the last guide, and its corrupted version

@@ -42,7 +42,8 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
             if bad.any():
                 raise ValueError(
                     f"argument {i}: expected finite numbers, got others: {int(bad.sum())} of {len(x)} rows are "
-                    f"{'' if may_miss else 'NaN or '}infinite, the first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
+                    f"{'' if may_miss else 'NaN or '}infinite, the first "
+                    f"at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
                     "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
                 )
 
@@ -50,7 +51,7 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
 def check_support(name: str, site: dict, start: int = 0) -> None:
     """Raises ValueError if the observed value of a trace's site lies outside the support of its distribution."""
     fn, value = site["fn"], site["value"]
-    if site["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+    if site["mask"] is not None or not value.numel() or isinstance(fn, dist.MaskedDistribution):
         return
     try:
         inside = fn.support.check(value)
@@ -73,8 +74,8 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     outside = outside[~outside.isnan()] if ignores_missing(fn) else outside
     raise ValueError(
         f"site {name!r}: expected values in the support, got others: {int(bad.sum())} of {bad.numel()} rows lie "
-        f"outside the support of {family} ({base.support}), the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
-        + advice
+        f"outside the support of {family} ({base.support}), the first at "
+        f"row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. " + advice
     )
 
 

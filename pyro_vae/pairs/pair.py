@@ -85,8 +85,7 @@ class Pair:
         try:
             self.look, self.rows = self._find(cut)
         except Exception as error:
-            for i, x in (*enumerate(self.args), *self.kwargs.items()):
-                refuse_unusual(f"argument {i!r}", x, error)
+            self._refuse(error)
             raise
         self._check_log_probs()
         self.sites = find_sites(self.look.guide, self.look.model)
@@ -100,9 +99,15 @@ class Pair:
         """Where data points are among a tensor's dimensions, of a pair that is all inside the plate of these."""
         return self.find_layout()
 
+    def _refuse(self, error: Exception) -> None:
+        for i, x in (*enumerate(self.args), *self.kwargs.items()):
+            refuse_unusual(f"argument {i!r}", x, error)
+
     def _check_log_probs(self) -> None:
         for name, log_prob in (item for found in self.look.log_probs for item in found.items()):
-            if log_prob is not None and log_prob.is_complex():
+            if log_prob is None:
+                self._refuse(RuntimeError(f"there is no log-probability of site {name!r}"))
+            elif log_prob.is_complex():
                 raise TypeError(
                     f"site {name!r}: expected real values, got a log-probability of {log_prob.dtype}. Try "
                     "torch.view_as_real(x)."
@@ -203,7 +208,7 @@ class Pair:
             return False  # they are given, not drawn
         first, last = (found.log_probs[1] for found in looks)
         both = [(first[name], last[name]) for name in first.keys() & last.keys()]
-        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in both):
+        if any(a is not None and b is not None and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in both):
             return True
         # nobody uses them, or the rows are all the same: what is as long as a pass is taken for its rows
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]

@@ -12,7 +12,7 @@ import pyro
 from pyro_vae.arguments import check_seed
 from pyro_vae.pairs.modes import fork_random_state
 
-__all__ = ["seeded"]
+__all__ = ["seeded", "store_as_it_was"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,10 +40,10 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
     def with_seed(*args: P.args, **kwargs: P.kwargs) -> R:
         seed = kwargs.get("seed")
         if seed is None:
-            with _store_as_it_was():
+            with store_as_it_was():
                 return function(*args, **kwargs)
         seed = check_seed("seed", seed)
-        with fork_random_state(), _store_as_it_was():
+        with fork_random_state(), store_as_it_was():
             pyro.set_rng_seed(seed)
             return function(*args, **kwargs)
 
@@ -51,7 +51,7 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _store_as_it_was() -> Iterator[None]:
+def store_as_it_was() -> Iterator[None]:
     """Where something is raised, takes away the parameters that runs have put into Pyro's store until then."""
     store = pyro.get_param_store()
     before = set(store.keys())

@@ -22,7 +22,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae.arguments import check_count, checked
+from pyro_vae.arguments import checked
 from pyro_vae.compiled.elbo import CompiledELBO
 from pyro_vae.compiled.policy import TRAINING, backend_for
 from pyro_vae.pairs.modes import evaluation_mode, owners
@@ -127,7 +127,7 @@ def fit(
         >>> result
         FitResult(5 epochs, 5 steps, last loss ...)
     """
-    _check_arguments(loss, patience, validation_data)
+    _check_patience(patience, validation_data)
     with _seeded(seed):
         batches = Batches(data, batch_size)
         validation = None if validation_data is None else Batches(validation_data, batch_size, name="validation_data")
@@ -270,13 +270,9 @@ def _make_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
     )
 
 
-def _check_arguments(loss: Any, patience: int | None, validation_data: Any) -> None:
+def _check_patience(patience: int | None, validation_data: Any) -> None:
     if patience is not None and validation_data is None:
         raise ValueError(
             "patience needs validation_data, whose loss says when to stop: expected some, got none. Try to hold some "
             "rows out."
         )
-    if loss is not None and not isinstance(loss, ELBO):
-        raise TypeError(f"loss: expected a pyro.infer.ELBO, got {loss!r}. Try loss=pyro.infer.Trace_ELBO().")
-    if loss is not None:
-        check_count("loss: num_particles", loss.num_particles)

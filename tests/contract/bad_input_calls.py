@@ -35,12 +35,16 @@ class Call(NamedTuple):
     arguments: Callable[[], dict[str, Any]]
     kinds: dict[str, str]
 
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        return dict(inspect.signature(self.function).parameters)
+
     def __call__(self, arguments: dict[str, Any]) -> Any:
         rest, named, options = [], dict(arguments), {}
-        for p in inspect.signature(self.function).parameters.values():
+        for p in self.parameters.values():
             if p.kind is p.VAR_POSITIONAL:
                 rest += named.pop(p.name, ())
-            elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in named:
+            elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in named and "args" in self.parameters:
                 rest.append(named.pop(p.name))
             elif p.kind is p.VAR_KEYWORD:
                 options = named.pop(p.name, {})
@@ -64,6 +68,16 @@ def pair(**more: Any) -> dict[str, Any]:
     return {"model": v.model, "guide": v.guide, "args": (rows(),), "seed": 0, **more}
 
 
+def incomplete(**more: Any) -> dict[str, Any]:
+    """A pair whose likelihood and encoder take NaN as missing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        likelihood = distributions.ObservedPart(distributions.ConditionalNormal(networks.MLP(2, []), 3, scale=1.0))
+        posterior = distributions.ConditionalNormal(networks.MaskedInput(networks.MLP(6, [])), 2)
+        v = pyro_vae.VAE(distributions.StandardNormal(2), likelihood, posterior)
+    return {"model": v.model, "guide": v.guide, "args": (rows(),), "seed": 0, **more}
+
+
 def visits(x):
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
     with pyro.plate("data", len(x)):
@@ -84,7 +98,7 @@ def hierarchy(**more: Any) -> dict[str, Any]:
 def amortized(kind: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        guide = kind(vae().model, networks.MLP(3, []))
+        guide = kind(vae().model, networks.MLP(3, [4]))
         guide(rows())
     return guide
 
@@ -125,17 +139,17 @@ def add(function: Callable, arguments: Callable[[], dict[str, Any]], name: str =
 
 few = {"num_particles": 8, "progress": False}
 add(pyro_vae.importance_sampling, lambda: pair(**few), correction="choice")
-add(pyro_vae.prior_sampling, lambda: pair(**few), guide="function")
+add(pyro_vae.prior_sampling, lambda: pair(**few), model="function", guide="unused")
 add(pyro_vae.adaptive_importance_sampling, lambda: pair(**few, num_steps=1), num_steps="count_or_zero")
 add(pyro_vae.annealed_importance_sampling, lambda: pair(num_particles=4, num_temperatures=3, num_leapfrog=1))
 add(pyro_vae.sandwich, lambda: pair(estimator=pyro_vae.importance_sampling, options={"num_particles": 8}))
 add(pyro_vae.draw_particles, lambda: pair(num_particles=3))
 add(pyro_vae.draw_posterior, lambda: pair(num_samples=3, **few, method="importance"))
-add(pyro_vae.integrated_log_likelihood, lambda: hierarchy(num_samples=3, **few, adaptive=False), adaptive="auto")
+add(pyro_vae.integrated_log_likelihood, lambda: hierarchy(num_samples=3, **few, adaptive=False), guide="needed", args="own")
 add(pyro_vae.refine, lambda: pair(num_steps=1, **few))
 add(pyro_vae.simulate, pair)
-add(pyro_vae.impute, lambda: pair(num_draws=2, num_particles=4))
-add(pyro_vae.latent_usage, lambda: pair(num_particles=4), site="choice", threshold="positive")
+add(pyro_vae.impute, lambda: incomplete(num_draws=2, num_particles=4), args="incomplete")
+add(pyro_vae.latent_usage, lambda: pair(num_particles=4), site="choice", threshold="not_negative")
 add(pyro_vae.from_pyro_svi, lambda: pair(num_samples=3, num_particles=4, progress=False), plate="plate_or_auto")
 add(
     pyro_vae.from_pyro,
@@ -163,11 +177,11 @@ add(
 )
 for name in ("model", "guide", "encode", "reconstruct", "similar", "sample_guide", "posterior_given"):
     more = {"size": 2} if name == "similar" else {}
-    add(getattr(vae(), name), lambda more=more: {"x": rows(), **more}, f"VAE.{name}", x="vae_rows")
+    add(getattr(vae(), name), lambda more=more: {"x": rows(), **more}, f"VAE.{name}", x="vae_rows", total="total")
 add(vae().decode, lambda: {"z": rows()[:, :2]}, "VAE.decode", z="codes")
 add(vae().likelihood_given, lambda: {"z": rows()[:, :2]}, "VAE.likelihood_given", z="codes")
 add(vae().generate, lambda: {"size": 3}, "VAE.generate")
-add(vae().sample_model, lambda: {"x": rows()}, "VAE.sample_model", x="vae_rows", prior="prior")
+add(vae().sample_model, lambda: {"x": rows()}, "VAE.sample_model", x="vae_rows")
 for tool, more in {
     diagnostics.simulation_based_calibration: {"num_simulations": 20, "num_draws": 3, "num_particles": 4},
     diagnostics.posterior_calibration: {"num_simulations": 4, "num_draws": 3, "num_particles": 8},
@@ -175,7 +189,8 @@ for tool, more in {
     diagnostics.inference_gaps: {"num_particles": 8, "num_steps": 1},
     diagnostics.doubtful_rows: {"num_particles": 8, "num_simulated": 8},
 }.items():
-    add(tool, lambda more=more: pair(**more, progress=False), family="choice", num_simulated="count_or_zero")
+    add(tool, lambda more=more: pair(**more, progress=False), family="choice",
+        num_steps="count_or_zero")
 for tool in (diagnostics.leave_one_out, diagnostics.log_predictive):
     add(tool, lambda: {"log_likelihood": torch.randn(20, 3)}, log_likelihood="weights", log_weight="log_weight")
 
@@ -230,12 +245,12 @@ add(objectives.ForwardKL, lambda: {}, plate="name")
 add(objectives.ImportanceWeightedELBO, lambda: {"num_particles": 3}, plate="name")
 add(objectives.linear, lambda: {"num_steps": 3}, num_steps="count", start="number", stop="number")
 add(objectives.cyclical, lambda: {"period": 3}, rising="share", start="number", stop="number")
-add(objectives.gaussian_noise, lambda: {"scale": 0.1}, scale="positive_or_zero")
+add(objectives.gaussian_noise, lambda: {"scale": 0.1}, scale="not_negative")
 add(objectives.masking_noise, lambda: {"probability": 0.1})
 add(objectives.salt_and_pepper_noise, lambda: {"probability": 0.1}, values="numbers")
 add(pyro_vae.CompiledELBO, lambda: {"elbo": Trace_ELBO()})
 for kind in (guides.AmortizedNormal, guides.AmortizedMultivariateNormal, guides.AmortizedFlow):
-    add(kind, lambda: {"model": vae().model, "network": networks.MLP(3, [])}, model="function", network="function",
+    add(kind, lambda: {"model": vae().model, "network": networks.MLP(3, [])}, model="kept_function", network="kept_function",
         plate="name", given="names")  # fmt: skip
 AMORTIZED = amortized(guides.AmortizedNormal)
 add(AMORTIZED.sample_posterior, lambda: {"args": (rows(),), "num_samples": 3, "seed": 0}, "guide.sample_posterior")
@@ -257,7 +272,8 @@ def fit_transformer(
     random_state: int | None = 0,
 ) -> Any:
     """A transformer checks its parameters when it is fitted, as scikit-learn's do."""
-    options = {name: value for name, value in locals().items() if name != "X"}
+    options = dict(locals())
+    X = options.pop("X")
     transformer = VAETransformer(**options).fit(X)
     return transformer.score_samples(X)
 

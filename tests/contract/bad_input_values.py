@@ -53,7 +53,7 @@ def of_x(function):
 
 
 def rows_of(call):
-    return next(call[name] for name in ("data", "x", "X", "log_likelihood", "log_weight") if name in call)
+    return next(call[name] for name in ("data", "x", "z", "X", "log_likelihood", "log_weight") if name in call)
 
 
 def nothing_observed(*_, **__):
@@ -180,12 +180,26 @@ SIZES = wrong(
     texts=constant(["4"]),
 )
 VALUES = {
+    "own": [  # rows of a model whose own errors come through as they are
+        (name, make, "through" if name in ("one_number_a_row", "narrow", "higher_rank", "integers", "half") else verdict)
+        for name, make, verdict in ROWS
+    ],
+    "vae_rows": [
+        (name, make, "either" if name in ("empty", "infinite") else verdict) for name, make, verdict in ROWS
+    ],
+    "codes": [(name, make, "either" if name == "empty" else verdict) for name, make, verdict in MATRIX],
+    "incomplete": [(name, make, "right" if name == "nan" else verdict) for name, make, verdict in ROWS],
+    "total": [*(case for case in COUNT if case[2] == "wrong"), *right(tensor=lambda _: torch.tensor(8))],
+    "needed": [case if case[0] != "none" else ("nothing", *case[1:]) for case in FUNCTION],
+    "kept_function": FUNCTION[:-1],  # which is not called yet
+    "unused": wrong(text=constant("guide"), number=constant(3), tensor=lambda _: torch.zeros(3)),
+    "not_negative": [*NUMBER, ("negative", constant(-1.0), "wrong")],
     "fixed": wrong(
         text=constant("a"), list=constant([1.0, "a"]), object=lambda _: object(), nan=constant(NAN), zero=constant(0.0),
         negative=constant(-1.0), infinite=constant(INF), complex=constant(1j), shape=lambda _: torch.ones(7),
     ),
     "features": wrong(text=constant("a"), half=constant(2.5), negative=constant(-1), zero=constant(0), nan=constant(NAN)),
-    "names": wrong(number=constant(3), unknown=constant(["nope"]), numbers=constant([1]), text=constant("nope")),
+    "names": wrong(number=constant(3), numbers=constant([1]), text=constant("nope")),
     "layers": wrong(none=constant(None), text=constant("ab"), number=constant(3), empty=constant([]), one=lambda call:
         call["layers"][0], functions=constant([raises, raises])),
     "count": [*COUNT, ("zero", constant(0), "wrong")],
