@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_vae.arguments import checked
+from pyro_vae.arguments import check_dense, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -311,7 +311,13 @@ def plot_khat(khat: Any, threshold: float = 0.7, *, label: str | None = None, ax
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    if hasattr(values, "detach"):
+        check_dense("plots", values)
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    if not array.ndim or array.dtype.kind not in "fiub":
+        raise TypeError(f"plots: expected an array of real numbers, got {values!r}. Try np.asarray(x, float).")
+    return array
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -18,6 +18,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_elbo",
+    "check_end",
     "check_features",
     "check_flag",
     "check_function",
@@ -135,6 +136,16 @@ def check_positive(where: str, value: Any) -> Any:
     if value.is_complex() or value.is_meta or not ((value > 0) & value.isfinite()).all():
         raise ValueError(f"{where}: expected a positive number or tensor, got {shown(value)}. Try 1.0, or a module.")
     return value
+
+
+def check_end(where: str, value: Any) -> Any:
+    """An end of an interval: a number, which may be infinite, or a tensor."""
+    if isinstance(value, Tensor) and value.dim():
+        return value
+    end = as_plain(value)
+    if isinstance(end, bool) or not isinstance(end, (int, float)) or end != end:
+        raise TypeError(f"{where}: expected a number or a tensor, got {shown(value)}. Try 0.0.")
+    return end
 
 
 def check_function(

@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import checked
+from pyro_vae.arguments import check_dense, checked
 from pyro_vae.distributions.conditional import positive
 from pyro_vae.distributions.state import Copied
 from pyro_vae.distributions.structure import check_conditional, condition, event_shape_of
@@ -96,6 +96,12 @@ class VampPrior(nn.Module):
 
     def __init__(self, posterior: Any, pseudo_inputs: Tensor, *, limits: tuple[float, float] | None = None) -> None:
         super().__init__()
+        check_dense("VampPrior: pseudo_inputs", pseudo_inputs)
+        if not pseudo_inputs.dim() or not len(pseudo_inputs) or not pseudo_inputs.isfinite().all():
+            raise ValueError(
+                f"VampPrior: expected finite pseudo_inputs, (K, *event), got shape {tuple(pseudo_inputs.shape)}"
+                f"{'' if pseudo_inputs.isfinite().all() else ' with NaN or infinity'}. Try rows of the data, x[:100]."
+            )
         self._shared = (check_conditional("VampPrior", posterior),)  # not a submodule: its weights are the posterior's
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.limits = limits

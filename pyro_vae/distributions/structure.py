@@ -119,7 +119,8 @@ class Broadcasting(nn.Module):
         for x, d in zip(inputs, dims, strict=True):
             if x.dim() < d:
                 raise ValueError(
-                    f"expected an input (*batch, *event) with {d} event dimensions, got shape {tuple(x.shape)}. Try x.reshape(1, -1)."
+                    f"expected an input (*batch, *event) with {d} event dimensions, got shape {tuple(x.shape)}. Try "
+                    "x.reshape(1, -1)."
                 )
         batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]

@@ -15,7 +15,7 @@ from math import log, nan, sqrt
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import check_choice
+from pyro_vae.arguments import check_choice, check_dense
 from pyro_vae.evidence.pareto import fit_tail, tail_length
 
 __all__ = ["LogWeightSummary", "pareto_khat"]
@@ -122,6 +122,12 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
         >>> round(pareto_khat(ratio.log()).item(), 1)
         0.5
     """
+    check_dense("pareto_khat: log_weight", log_weight)
+    if log_weight.dim() != 2 or not len(log_weight):
+        raise ValueError(
+            f"pareto_khat: expected log-weights (K, N), got shape {tuple(log_weight.shape)}. Try x.unsqueeze(1) for one "
+            "data point."
+        )
     summary = LogWeightSummary(len(log_weight))
     summary.update(log_weight)
     return summary.result()[3]

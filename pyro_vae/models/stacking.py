@@ -54,7 +54,7 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
     """
     _check_layers(layers, "fit_layers")
     given = {"data": data, "validation_data": options.pop("validation_data", None)}
-    rows: dict[str, Any] = {name: _rows(x, name) for name, x in given.items() if x is not None}
+    rows: dict[str, Any] = {n: _rows(x, n) for n, x in given.items() if n == "data" or x is not None}
     checkpoint = options.pop("checkpoint", None)
     results = []
     for i, layer in enumerate(layers, start=1):
@@ -129,8 +129,8 @@ def _check_layers(layers: Any, where: str) -> None:
 
 def _rows(x: Any, name: str) -> Tensor:
     """The data as one tensor, which can be encoded."""
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.array(x))
+    if isinstance(x, np.ndarray) and x.dtype.kind in "fiub":
+        x = torch.from_numpy(np.array(x, x.dtype.newbyteorder("=")))
         x = x.to(torch.get_default_dtype()) if x.is_floating_point() else x
     if not isinstance(x, Tensor):
         raise TypeError(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
@@ -15,15 +14,40 @@ from pyro.infer import MCMC, NUTS, Trace_ELBO
 from torch import nn
 
 import pyro_vae
-from pyro_vae import checkpoint, diagnostics, distributions, evidence, guides, integrations, networks, objectives, plots
+from pyro_vae import checkpoint, diagnostics, distributions, evidence, guides, networks, objectives, plots
 from pyro_vae import particles as particles_room
 from pyro_vae.distributions import gaussians, univariate
 from pyro_vae.integrations import arviz as arviz_room
 from pyro_vae.integrations.sklearn import VAETransformer
 
-MADE_BY_TOOLS = """Calibration Comparison Coverage DoubtfulRows Evidence FitResult InferenceGaps LatentUsage LeaveOneOut
-LogLikelihood Particles PosteriorDraws RefinedGuide Sandwich Simulation""".split()
-BASES = "Broadcasting Conditional".split()  # whose subclasses are here
+MADE_BY_TOOLS = [
+    "Calibration",
+    "Comparison",
+    "Coverage",
+    "DoubtfulRows",
+    "Evidence",
+    "FitResult",
+    "InferenceGaps",
+    "LatentUsage",
+    "LeaveOneOut",
+    "LogLikelihood",
+    "Particles",
+    "PosteriorDraws",
+    "RefinedGuide",
+    "Sandwich",
+    "Simulation",
+]
+BASES = ["Broadcasting", "Conditional"]  # whose subclasses are here
+LIKE_TORCH = [
+    "MultivariateNormal",
+    "LowRankMultivariateNormal",
+    "Beta",
+    "ContinuousBernoulli",
+    "NegativeBinomial",
+    "Poisson",
+    "StudentT",
+]  # distributions, which check their parameters as torch's do
+NOT_FOR_USERS = ["read", "write"]
 ROOMS = [pyro_vae, checkpoint, diagnostics, distributions, evidence, guides, networks, objectives, plots]
 ROOMS += [particles_room, pyro_vae.training, pyro_vae.models, pyro_vae.compiled, gaussians, univariate, arviz_room]
 
@@ -41,10 +65,11 @@ class Call(NamedTuple):
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
         rest, named, options = [], dict(arguments), {}
+        places = any(named.get(p.name) for p in self.parameters.values() if p.kind is p.VAR_POSITIONAL)
         for p in self.parameters.values():
             if p.kind is p.VAR_POSITIONAL:
                 rest += named.pop(p.name, ())
-            elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in named and "args" in self.parameters:
+            elif p.kind is p.POSITIONAL_OR_KEYWORD and p.name in named and places:
                 rest.append(named.pop(p.name))
             elif p.kind is p.VAR_KEYWORD:
                 options = named.pop(p.name, {})
@@ -145,7 +170,12 @@ add(pyro_vae.annealed_importance_sampling, lambda: pair(num_particles=4, num_tem
 add(pyro_vae.sandwich, lambda: pair(estimator=pyro_vae.importance_sampling, options={"num_particles": 8}))
 add(pyro_vae.draw_particles, lambda: pair(num_particles=3))
 add(pyro_vae.draw_posterior, lambda: pair(num_samples=3, **few, method="importance"))
-add(pyro_vae.integrated_log_likelihood, lambda: hierarchy(num_samples=3, **few, adaptive=False), guide="needed", args="own")
+add(
+    pyro_vae.integrated_log_likelihood,
+    lambda: hierarchy(num_samples=3, **few, adaptive=False),
+    guide="needed",
+    args="own",
+)
 add(pyro_vae.refine, lambda: pair(num_steps=1, **few))
 add(pyro_vae.simulate, pair)
 add(pyro_vae.impute, lambda: incomplete(num_draws=2, num_particles=4), args="incomplete")
@@ -155,6 +185,7 @@ add(
     pyro_vae.from_pyro,
     lambda: {"mcmc": chains(), "num_particles": 3, "seed": 0, "progress": False},
     mcmc="module",
+    predictions="skip",
 )
 add(pyro_vae.compare, lambda: {"evidence": some_evidence()}, evidence="evidence")
 add(evidence.pareto_khat, lambda: {"log_weight": torch.randn(20, 3)}, log_weight="weights")
@@ -181,7 +212,7 @@ for name in ("model", "guide", "encode", "reconstruct", "similar", "sample_guide
 add(vae().decode, lambda: {"z": rows()[:, :2]}, "VAE.decode", z="codes")
 add(vae().likelihood_given, lambda: {"z": rows()[:, :2]}, "VAE.likelihood_given", z="codes")
 add(vae().generate, lambda: {"size": 3}, "VAE.generate")
-add(vae().sample_model, lambda: {"x": rows()}, "VAE.sample_model", x="vae_rows")
+add(vae().sample_model, lambda: {"x": rows()}, "VAE.sample_model", x="vae_rows", prior="distribution")
 for tool, more in {
     diagnostics.simulation_based_calibration: {"num_simulations": 20, "num_draws": 3, "num_particles": 4},
     diagnostics.posterior_calibration: {"num_simulations": 4, "num_draws": 3, "num_particles": 8},
@@ -189,8 +220,7 @@ for tool, more in {
     diagnostics.inference_gaps: {"num_particles": 8, "num_steps": 1},
     diagnostics.doubtful_rows: {"num_particles": 8, "num_simulated": 8},
 }.items():
-    add(tool, lambda more=more: pair(**more, progress=False), family="choice",
-        num_steps="count_or_zero")
+    add(tool, lambda more=more: pair(**more, progress=False), family="choice", num_steps="count_or_zero")
 for tool in (diagnostics.leave_one_out, diagnostics.log_predictive):
     add(tool, lambda: {"log_likelihood": torch.randn(20, 3)}, log_likelihood="weights", log_weight="log_weight")
 
@@ -211,7 +241,7 @@ for name in distributions.__all__:
 add(
     distributions.ConditionalFlow,
     lambda: {"base": distributions.StandardNormal(3), "transforms": []},
-    base="distribution", transforms="parts",
+    base="distribution", transforms="parts", network="network",
 )  # fmt: skip
 add(
     distributions.ConditionalProduct,
@@ -226,13 +256,7 @@ add(distributions.VampPrior, lambda: {"posterior": vae().posterior, "pseudo_inpu
 add(
     distributions.condition,
     lambda: {"conditional": vae().posterior, "inputs": (rows(),), "event_dims": [1]},
-    conditional="distribution", inputs="inputs",
-)  # fmt: skip
-add(
-    distributions.MultivariateNormal,
-    lambda: {"loc": torch.zeros(3), "scale_tril": torch.eye(3)},
-    loc="parameter", scale_tril="parameter", event_shape="event_shape_of", validate_args="skip",
-    scale="skip", lower="skip",
+    conditional="distribution", inputs="skip",
 )  # fmt: skip
 add(networks.MLP, lambda: {"in_shape": 3, "hidden_sizes": [4]})
 add(networks.ConvEncoder, lambda: {"in_shape": (1, 4, 4), "channels": [2], "out_features": 3}, in_shape="sizes")
@@ -241,7 +265,7 @@ add(networks.MaskedInput, lambda: {"network": networks.MLP(6, [])}, network="mod
 add(objectives.BetaELBO, lambda: {"beta": 1.0}, beta="weight", capacity="weight", plate="name")
 add(objectives.CombinedELBO, lambda: {"parts": [(Trace_ELBO(), 1.0)]}, parts="parts")
 add(objectives.DenoisingELBO, lambda: {"corruption": objectives.gaussian_noise(0.1)}, corruption="maker")
-add(objectives.ForwardKL, lambda: {}, plate="name")
+add(objectives.ForwardKL, dict, plate="name")
 add(objectives.ImportanceWeightedELBO, lambda: {"num_particles": 3}, plate="name")
 add(objectives.linear, lambda: {"num_steps": 3}, num_steps="count", start="number", stop="number")
 add(objectives.cyclical, lambda: {"period": 3}, rising="share", start="number", stop="number")
@@ -292,5 +316,4 @@ add(plots.plot_embedding, lambda: {"points": torch.rand(5, 2)}, points="picture"
 PICTURES = {"decode": lambda z: torch.zeros(*z.shape[:-1], 3, 3)}
 add(plots.plot_interpolation, lambda: PICTURES | {"start": torch.zeros(1, 2), "stop": torch.ones(1, 2), "num": 3},
     decode="function", start="skip", stop="skip")  # fmt: skip
-add(plots.plot_traversal, lambda: PICTURES | {"z": torch.zeros(2)}, decode="function", z="skip", steps="levels_any")
-TABLES = {"Beta": (2.0, 3.0), "ContinuousBernoulli": (0.3,), "NegativeBinomial": (2.0, 3.0), "Poisson": (2.0,)}
+add(plots.plot_traversal, lambda: PICTURES | {"z": torch.zeros(2)}, decode="function", z="skip", steps="skip")

@@ -179,14 +179,77 @@ SIZES = wrong(
     nan=constant([NAN]),
     texts=constant(["4"]),
 )
+PLATE = wrong(
+    unknown=constant("nope"), number=constant(3), bytes=constant(b"data"), flag=constant(True), empty=constant("")
+)
 VALUES = {
+    "evidence": wrong(
+        none=constant(None),
+        text=constant("ab"),
+        list=constant([1, 2]),
+        numbers=lambda _: {"a": 1.0, "b": 2.0},
+        empty=constant({}),
+        one=lambda call: {"a": call["evidence"]["a"]},
+    ),
+    "weights": [(name, make, "through" if name == "nan" else verdict) for name, make, verdict in MATRIX],
+    "log_weight": wrong(
+        text=constant("x"),
+        number=constant(3.0),
+        short=lambda _: torch.zeros(2),
+        sparse=lambda _: torch.zeros(20).to_sparse(),
+        complex=lambda _: torch.zeros(20, dtype=torch.complex64),
+        meta=lambda _: torch.zeros(20, device="meta"),
+        integers=lambda _: torch.zeros(20, 3),
+    ),
+    "data": [*ROWS, ("loader", lambda call: torch.utils.data.DataLoader([]), "wrong")],
+    "parts": wrong(none=constant(None), text=constant("ab"), number=constant(3), numbers=constant([3, 4])),
+    "table": [(name, make, "through" if verdict == "wrong" else "either") for name, make, verdict in MATRIX],
+    "random_state": [(name, constant(value), "through") for name, value in {"text": "a", "negative": -1}.items()],
+    "numbers": wrong(
+        text=constant("ab"), number=constant(3.0), texts=constant(("a", "b")), three=constant((0.0, 1.0, 2.0))
+    ),
+    "levels": wrong(
+        none=constant(None),
+        text=constant("ab"),
+        number=constant(0.5),
+        above=constant([2.0]),
+        nan=constant([NAN]),
+        texts=constant(["a"]),
+    ),
+    "picture": wrong(
+        none=constant(None),
+        text=constant("ab"),
+        number=constant(3.0),
+        texts=constant([["a"]]),
+        object=lambda _: object(),
+        scalar=lambda _: torch.zeros(()),
+        complex=lambda _: torch.zeros(2, 2, dtype=torch.complex64),
+        sparse=lambda _: torch.zeros(5, 2).to_sparse(),
+        meta=lambda _: torch.zeros(5, 2, device="meta"),
+    ),
+    "pseudo_inputs": MATRIX,
+    "end": wrong(
+        text=constant("a"), list=constant(["a"]), nan=constant(NAN), none=constant(None), complex=constant(1j)
+    ),
+    "predictions": wrong(text=constant("a"), number=constant(3), narrow=lambda _: torch.zeros(4, 2)),
+    "contexts": wrong(
+        text=constant("a"),
+        number=constant(3),
+        scalar=lambda _: torch.zeros(()),
+        sparse=lambda _: torch.eye(4).to_sparse(),
+        meta=lambda _: torch.zeros(4, 2, device="meta"),
+        short=lambda _: torch.zeros(2, 2),
+        unwanted=lambda _: torch.zeros(4, 2),
+    ),
     "own": [  # rows of a model whose own errors come through as they are
-        (name, make, "through" if name in ("one_number_a_row", "narrow", "higher_rank", "integers", "half") else verdict)
+        (
+            name,
+            make,
+            "through" if name in ("one_number_a_row", "narrow", "higher_rank", "integers", "half") else verdict,
+        )
         for name, make, verdict in ROWS
     ],
-    "vae_rows": [
-        (name, make, "either" if name in ("empty", "infinite") else verdict) for name, make, verdict in ROWS
-    ],
+    "vae_rows": [(name, make, "either" if name in ("empty", "infinite") else verdict) for name, make, verdict in ROWS],
     "codes": [(name, make, "either" if name == "empty" else verdict) for name, make, verdict in MATRIX],
     "incomplete": [(name, make, "right" if name == "nan" else verdict) for name, make, verdict in ROWS],
     "total": [*(case for case in COUNT if case[2] == "wrong"), *right(tensor=lambda _: torch.tensor(8))],
@@ -195,13 +258,28 @@ VALUES = {
     "unused": wrong(text=constant("guide"), number=constant(3), tensor=lambda _: torch.zeros(3)),
     "not_negative": [*NUMBER, ("negative", constant(-1.0), "wrong")],
     "fixed": wrong(
-        text=constant("a"), list=constant([1.0, "a"]), object=lambda _: object(), nan=constant(NAN), zero=constant(0.0),
-        negative=constant(-1.0), infinite=constant(INF), complex=constant(1j), shape=lambda _: torch.ones(7),
+        text=constant("a"),
+        list=constant([1.0, "a"]),
+        object=lambda _: object(),
+        nan=constant(NAN),
+        zero=constant(0.0),
+        negative=constant(-1.0),
+        infinite=constant(INF),
+        complex=constant(1j),
+        shape=lambda _: torch.ones(7),
     ),
-    "features": wrong(text=constant("a"), half=constant(2.5), negative=constant(-1), zero=constant(0), nan=constant(NAN)),
+    "features": wrong(
+        text=constant("a"), half=constant(2.5), negative=constant(-1), zero=constant(0), nan=constant(NAN)
+    ),
     "names": wrong(number=constant(3), numbers=constant([1]), text=constant("nope")),
-    "layers": wrong(none=constant(None), text=constant("ab"), number=constant(3), empty=constant([]), one=lambda call:
-        call["layers"][0], functions=constant([raises, raises])),
+    "layers": wrong(
+        none=constant(None),
+        text=constant("ab"),
+        number=constant(3),
+        empty=constant([]),
+        one=lambda call: call["layers"][0],
+        functions=constant([raises, raises]),
+    ),
     "count": [*COUNT, ("zero", constant(0), "wrong")],
     "count_or_zero": COUNT,
     "positive": [*NUMBER, ("negative", constant(-1.0), "wrong"), ("zero", constant(0.0), "wrong")],
@@ -219,14 +297,20 @@ VALUES = {
         vector=lambda _: torch.tensor([1, 2]),
     )
     + right(numpy=constant(np.int64(1)), tensor=lambda _: torch.tensor(1), none=constant(None)),
-    "plate": wrong(
-        unknown=constant("nope"), number=constant(3), bytes=constant(b"data"), flag=constant(True), empty=constant("")
-    ),
+    "plate": PLATE,
+    "plate_or_auto": PLATE,
+    "plate_of_fit": PLATE,
+    "network": MODULE,
     "flag": wrong(text=constant("yes"), none=constant(None), number=constant(2), list=constant([])),
-    "auto": wrong(text=constant("yes"), number=constant(2), none=constant(None), list=constant([]), array=constant(
-        np.array([1, 2])
-    )),  # fmt: skip
+    "auto": wrong(
+        text=constant("yes"),
+        number=constant(2),
+        none=constant(None),
+        list=constant([]),
+        array=constant(np.array([1, 2])),
+    ),  # fmt: skip
     "choice": wrong(text=constant("nope"), number=constant(3), list=constant(["a"]), flag=constant(True)),
+    "series": [],
     "name": wrong(number=constant(3), bytes=constant(b"vae"), list=constant(["a"])),
     "rows": ROWS,
     "matrix": MATRIX,
@@ -268,3 +352,4 @@ VALUES = {
         no_folder=constant("nowhere/fit.pt"),
     ),
 }
+VALUES["series"] = VALUES["picture"]
