@@ -122,7 +122,12 @@ class Broadcasting(nn.Module):
                     f"expected an input (*batch, *event) with {d} event dimensions, got shape {tuple(x.shape)}. Try "
                     "x.reshape(1, -1)."
                 )
-        batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
+        shapes = [x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)]
+        try:
+            batch = torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            got = " and ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"expected inputs of batch shapes that broadcast, got {got}. Try c.expand(…).") from error
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
         return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]
 

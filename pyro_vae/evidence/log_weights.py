@@ -125,8 +125,8 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     check_dense("pareto_khat: log_weight", log_weight)
     if log_weight.dim() != 2 or not len(log_weight):
         raise ValueError(
-            f"pareto_khat: expected log-weights (K, N), got shape {tuple(log_weight.shape)}. Try x.unsqueeze(1) for one "
-            "data point."
+            f"pareto_khat: expected log-weights (K, N), got shape {tuple(log_weight.shape)}. Try x.unsqueeze(1) for "
+            "one data point."
         )
     summary = LogWeightSummary(len(log_weight))
     summary.update(log_weight)

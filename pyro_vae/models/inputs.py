@@ -58,7 +58,8 @@ def event_dims_of(likelihood: Any, x: Tensor, *context: Tensor) -> list[int]:
     shape = getattr(likelihood, "event_shape", None)
     if shape is None or not isinstance(x, Tensor) or x.is_nested or x.dim() < len(shape):
         return event_dims_of_rows(x, *context)
-    check_dense("VAE", x)
+    for tensor in (x, *context):
+        check_dense("VAE", tensor)
     plates = x.dim() - len(shape)
     for c in context:
         if c.dim() < plates:

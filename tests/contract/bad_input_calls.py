@@ -20,33 +20,11 @@ from pyro_vae.distributions import gaussians, univariate
 from pyro_vae.integrations import arviz as arviz_room
 from pyro_vae.integrations.sklearn import VAETransformer
 
-MADE_BY_TOOLS = [
-    "Calibration",
-    "Comparison",
-    "Coverage",
-    "DoubtfulRows",
-    "Evidence",
-    "FitResult",
-    "InferenceGaps",
-    "LatentUsage",
-    "LeaveOneOut",
-    "LogLikelihood",
-    "Particles",
-    "PosteriorDraws",
-    "RefinedGuide",
-    "Sandwich",
-    "Simulation",
-]
+MADE_BY_TOOLS = """Calibration Comparison Coverage DoubtfulRows Evidence FitResult InferenceGaps LatentUsage LeaveOneOut
+    LogLikelihood Particles PosteriorDraws RefinedGuide Sandwich Simulation"""
 BASES = ["Broadcasting", "Conditional"]  # whose subclasses are here
-LIKE_TORCH = [
-    "MultivariateNormal",
-    "LowRankMultivariateNormal",
-    "Beta",
-    "ContinuousBernoulli",
-    "NegativeBinomial",
-    "Poisson",
-    "StudentT",
-]  # distributions, which check their parameters as torch's do
+LIKE_TORCH = """MultivariateNormal LowRankMultivariateNormal Beta ContinuousBernoulli NegativeBinomial Poisson
+    StudentT"""  # distributions, which check their parameters as torch's do
 NOT_FOR_USERS = ["read", "write"]
 ROOMS = [pyro_vae, checkpoint, diagnostics, distributions, evidence, guides, networks, objectives, plots]
 ROOMS += [particles_room, pyro_vae.training, pyro_vae.models, pyro_vae.compiled, gaussians, univariate, arviz_room]
@@ -274,8 +252,8 @@ add(objectives.masking_noise, lambda: {"probability": 0.1})
 add(objectives.salt_and_pepper_noise, lambda: {"probability": 0.1}, values="numbers")
 add(pyro_vae.CompiledELBO, lambda: {"elbo": Trace_ELBO()})
 for kind in (guides.AmortizedNormal, guides.AmortizedMultivariateNormal, guides.AmortizedFlow):
-    add(kind, lambda: {"model": vae().model, "network": networks.MLP(3, [])}, model="kept_function", network="kept_function",
-        plate="name", given="names")  # fmt: skip
+    add(kind, lambda: {"model": vae().model, "network": networks.MLP(3, [])}, model="kept_function",
+        network="kept_function", plate="name", given="names")  # fmt: skip
 AMORTIZED = amortized(guides.AmortizedNormal)
 add(AMORTIZED.sample_posterior, lambda: {"args": (rows(),), "num_samples": 3, "seed": 0}, "guide.sample_posterior")
 add(AMORTIZED.quantiles, lambda: {"levels": [0.5], "args": (rows(),)}, "guide.quantiles", levels="levels")
