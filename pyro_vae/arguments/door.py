@@ -41,13 +41,14 @@ R = TypeVar("R")
 share = partial(check_number, low=0.0, high=1.0, what="a number between 0 and 1")
 positive = partial(check_number, low=0.0, what="a positive number")
 COUNTS = """num_particles num_samples num_epochs num_draws num_simulations num_temperatures num_leapfrog patience
-    cache_size rank num_components num_categories period kernel_size stride in_features out_features size total num"""
+    cache_size rank num_components num_categories period kernel_size stride in_features out_features total num"""
 NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
     COUNTS: check_count,
     "num_steps num_simulated context_size": partial(check_count, least=0),
     "batch_size chunk_size": partial(check_count, most=2**63 - 1),
     "progress smooth resample mean doubly_reparameterized": check_flag,
-    "learning_rate clip_norm spread smallest init": positive,
+    "clip_norm": partial(check_number, low=0.0, what="a positive norm"),
+    "learning_rate spread smallest init": positive,
     "defensive dropout": partial(share, ends="[)"),
     "probability": partial(share, ends="[]"),
     "level": share,

@@ -18,7 +18,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
-from pyro_vae.arguments import check_name, checked
+from pyro_vae.arguments import check_count, check_name, checked
 from pyro_vae.distributions.structure import check_conditional, picklable_state
 from pyro_vae.models.inputs import (
     ROWS_AT_ONCE,
@@ -290,7 +290,9 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        size = size if size is not None else len(context[0]) if context else 1
+        if isinstance(size, Tensor) and size.dim():
+            raise TypeError("generate: expected an int or None as size, got Tensor. Try generate(None, c).")
+        size = check_count("generate: size", size) if size is not None else len(context[0]) if context else 1
         check_contexts("generate", size, *context)
 
         def rows(start: int, stop: int) -> Tensor:
@@ -342,6 +344,7 @@ class VAE(nn.Module):
         Returns:
             (size, N, *event).
         """
+        size = check_count("similar: size", size)
         event_dims_of_rows(x)
         check_contexts("similar", len(x), *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]

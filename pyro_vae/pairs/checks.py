@@ -41,10 +41,10 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
             bad = (x.isinf() if may_miss else ~torch.isfinite(x)).reshape(len(x), -1).any(1)
             if bad.any():
                 raise ValueError(
-                    f"argument {i}: expected finite numbers, got others: {int(bad.sum())} of {len(x)} rows are "
-                    f"{'' if may_miss else 'NaN or '}infinite, the first "
-                    f"at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
-                    "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
+                    f"argument {i}: {int(bad.sum())} of {len(x)} rows are {'' if may_miss else 'NaN or '}infinite, the "
+                    f"first at row {start + int(bad.nonzero()[0])}: expected finite numbers, got others. Try "
+                    "x[torch.isfinite(x).flatten(1).all(1)], or to fill them in; for missing values, "
+                    "ObservedPart(likelihood) and MaskedInput(network)."
                 )
 
 
@@ -73,9 +73,9 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     outside = value.reshape(len(inside), -1)[row] if inside.dim() else value.reshape(-1)
     outside = outside[~outside.isnan()] if ignores_missing(fn) else outside
     raise ValueError(
-        f"site {name!r}: expected values in the support, got others: {int(bad.sum())} of {bad.numel()} rows lie "
-        f"outside the support of {family} ({base.support}), the first at "
-        f"row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. " + advice
+        f"site {name!r}: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
+        f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}: "
+        f"expected values in the support, got others. {advice}"
     )
 
 
@@ -93,26 +93,19 @@ def check_roles(model: Callable, guide: Callable, look: Look, *, observes: bool 
         look: at both.
         observes: whether the model has to observe something.
     """
-    advice = "Try tool(model, guide, x), and in the guide only pyro.sample(…) of latents, without obs."
-    observed, given = (
-        {name for name, site in sample_sites(trace).items() if site["is_observed"]}
-        for trace in (look.model, look.guide)
-    )
-    if model == guide or (observed and observed <= given):
+    sites = map(sample_sites, (look.model, look.guide))
+    observed, given = ({name for name, site in found.items() if site["is_observed"]} for found in sites)
+    if not observed and (observes or given or model == guide):
+        swapped = f", while the guide observes {sorted(given)}" if given else ""
         raise ValueError(
-            f"guide: expected draws of the latents, given the data, got {_named(guide)}, which observes all that the "
-            f"model observes ({sorted(observed) or 'nothing'}): log p − log q would always be that of the latents "
-            f"alone. {advice}"
+            f"model: expected a site with obs=…, got {_named(model)}: the model observes no site{swapped}; there is no x to "
+            "have a density. Try pyro.sample(…, obs=x), and look at the order of the arguments, (model, guide, x)."
         )
-    if not observed and given:
+    if observed and (observed <= given or model == guide):
         raise ValueError(
-            f"model: expected sites with obs=…, got {_named(model)}, which observes nothing, while the guide observes "
-            f"{sorted(given)}: they are swapped. {advice}"
-        )
-    if observes and not observed:
-        raise ValueError(
-            f"model: expected a site with obs=…, got {_named(model)}, which observes nothing: there is no x to have a "
-            "density. Try pyro.sample(…, obs=x), and the order (model, guide, x)."
+            f"guide: expected draws of the latents given the data, got {_named(guide)}, which observes all that the "
+            f"model observes, {sorted(observed)}: log p − log q would hold nothing of the data. Try a guide that has "
+            "pyro.sample(…) of the latents only, without obs."
         )
 
 

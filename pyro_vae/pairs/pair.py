@@ -123,8 +123,8 @@ class Pair:
             ValueError: no such plate; a site outside of it; latents that differ between model and guide; a plate that
                 subsamples where `plate` is None.
         """
-        check_roles(self.model, self.guide, self.look)
         check_plate(self.look, self.plate)
+        check_roles(self.model, self.guide, self.look)
         check_sites(self.look, self.plate, outside=outside)
         layout = Layout(self.look, self.plate, self.rows)
         check_latents(self._latents(self.look.guide), self.latents - self.summed)
