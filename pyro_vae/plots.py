@@ -68,6 +68,7 @@ def plot_training(
     return _lean(ax)
 
 
+@checked
 def plot_images(
     images: Any,
     *,

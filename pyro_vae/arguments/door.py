@@ -31,6 +31,7 @@ from pyro_vae.arguments.values import (
     check_positive,
     check_seed,
     check_shape,
+    check_two,
 )
 
 __all__ = ["checked"]
@@ -38,7 +39,7 @@ __all__ = ["checked"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-share = partial(check_number, low=0.0, high=1.0, what="a number between 0 and 1")
+share = partial(check_number, low=0.0, high=1.0, what="a probability between 0 and 1")
 positive = partial(check_number, low=0.0, what="a positive number")
 COUNTS = """num_particles num_samples num_epochs num_draws num_simulations num_temperatures num_leapfrog patience
     cache_size rank num_components num_categories period kernel_size stride in_features out_features total num"""
@@ -48,18 +49,22 @@ NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
     "batch_size chunk_size": partial(check_count, most=2**63 - 1),
     "progress smooth resample mean doubly_reparameterized": check_flag,
     "clip_norm": partial(check_number, low=0.0, what="a positive norm"),
-    "learning_rate spread smallest init": positive,
-    "defensive dropout": partial(share, ends="[)"),
+    "learning_rate": partial(check_number, low=0.0, ends="[)", what="a number of at least 0"),
+    "spread smallest init": positive,
+    "defensive": partial(share, ends="[)", what="a share of the particles in [0, 1)"),
+    "dropout": partial(share, ends="[)"),
     "probability": partial(share, ends="[]"),
     "level": share,
     "rising": partial(share, ends="(]"),
     "threshold": partial(check_number, low=0.0, ends="[)", what="a number of at least 0"),
     "compile parallel adaptive": partial(check_choice, options=(True, False, "auto")),
-    "plate name prefix role": check_name,
+    "plate": partial(check_name, what="the name of the plate of data points", advice='plate="data"'),
+    "name prefix role": check_name,
     "event_shape in_shape shape": check_shape,
     "features": check_features,
     "hidden_sizes channels out_size": partial(check_shape, single=False),
     "low high": check_end,
+    "limits values": check_two,
     "seed": check_seed,
     "checkpoint": check_path,
     "data validation_data": partial(check_tensors, nested=False),
@@ -69,7 +74,7 @@ NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
     "scale df total_count concentration": check_positive,
     "decode inputs": check_function,
     "activation estimator": partial(check_function, classes=True),
-    "network": partial(check_function, what="a module", advice="MLP(3, [64])"),
+    "network": partial(check_function, what="a module that maps rows of inputs to features", advice="MLP(3, [64])"),
 }
 KINDS = {name: check for names, check in NAMES.items() for name in names.split()}
 

@@ -31,11 +31,11 @@ def check_tensors(where: str, value: Any, *, nested: bool = True) -> Any:
     return value
 
 
-def check_dense(where: str, x: Any) -> None:
-    """Raises TypeError unless x is a dense tensor of real numbers."""
+def check_dense(where: str, x: Any, *, meta: bool = False) -> None:
+    """Raises TypeError unless x is a dense tensor of real numbers; `meta`: it may be on the device "meta"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {shown(x)}. Try torch.as_tensor(x).float().")
-    got, advice = ("one without values", 'device="cpu"') if x.is_meta else _unusual(x, "")
+    got, advice = ("one without values", 'device="cpu"') if x.is_meta and not meta else _unusual(x, "")
     if got is not None and (x.is_nested or x.numel()):
         raise TypeError(f"{where}: expected a dense tensor of real numbers, got {got}. Try {advice}.")
 

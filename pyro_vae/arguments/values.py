@@ -30,6 +30,7 @@ __all__ = [
     "check_positive",
     "check_seed",
     "check_shape",
+    "check_two",
     "shown",
 ]
 
@@ -98,13 +99,18 @@ def check_choice(where: str, value: Any, options: Collection[Any]) -> Any:
     plain = as_plain(value)
     if not any(type(plain) is type(option) and plain == option for option in options):
         *first, last = map(repr, options)
-        raise ValueError(f"{where}: expected {', '.join(first)} or {last}, got {shown(value)}. Try {last}.")
+        known = f"{', '.join(first)} or {last}"
+        if all(isinstance(option, str) for option in options):
+            known = f"one of {', '.join([*first, last])}"
+        raise ValueError(f"{where}: expected {known}, got {shown(value)}. Try {last}.")
     return plain
 
 
-def check_name(where: str, value: Any) -> str:
+def check_name(where: str, value: Any, *, what: str = "a name", advice: str = "a str") -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{where}: expected a name, got {shown(value)}. Try a str.")
+        raise (ValueError if value is None else TypeError)(
+            f"{where}: expected {what}, got {shown(value)}. Try {advice}."
+        )
     return value
 
 
@@ -131,11 +137,19 @@ def check_positive(where: str, value: Any) -> Any:
     """A positive number, a tensor of these, or a module that gives them."""
     if isinstance(value, torch.nn.Module):
         return value
+    name = where.rpartition(" ")[2]
     if not isinstance(value, Tensor) or value.dim() == 0:
-        return check_number(where, value, low=0.0, what="a positive number, a tensor of these or a module")
+        return check_number(where, value, low=0.0, what=f"a positive {name}: a number, a tensor or a module")
     if value.is_complex() or value.is_meta or not ((value > 0) & value.isfinite()).all():
-        raise ValueError(f"{where}: expected a positive number or tensor, got {shown(value)}. Try 1.0, or a module.")
+        raise ValueError(f"{where}: expected a positive {name}, got {shown(value)}. Try 1.0, or a module.")
     return value
+
+
+def check_two(where: str, value: Any) -> tuple[float, float]:
+    """Two finite numbers."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray, Tensor)) or len(value) != 2:
+        raise TypeError(f"{where}: expected two numbers, got {shown(value)}. Try (0.0, 1.0).")
+    return check_number(where, value[0]), check_number(where, value[1])
 
 
 def check_end(where: str, value: Any) -> Any:

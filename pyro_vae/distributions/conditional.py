@@ -140,7 +140,7 @@ class Conditional(Broadcasting):
 
     def check(self, x: Tensor) -> None:
         """Raises TypeError if x has another dtype than the weights, and ValueError if it is on another device."""
-        check_dense(type(self).__name__, x)
+        check_dense(type(self).__name__, x, meta=True)
         weight = self.head.weight
         if x.dtype != weight.dtype:
             raise TypeError(

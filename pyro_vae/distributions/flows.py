@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.state import Copied, tensors_of, versions
 from pyro_vae.distributions.structure import Broadcasting, check_conditional, condition
 
@@ -59,6 +60,7 @@ class ConditionalFlow(Broadcasting):
         torch.Size([5, 2])
     """
 
+    @checked
     def __init__(self, base: Any, transforms: Sequence[Any], *, network: nn.Module | None = None) -> None:
         super().__init__()
         self.base, self.network = check_conditional("ConditionalFlow: base", base), network

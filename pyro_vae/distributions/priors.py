@@ -94,6 +94,7 @@ class VampPrior(nn.Module):
         torch.Size([2])
     """
 
+    @checked
     def __init__(self, posterior: Any, pseudo_inputs: Tensor, *, limits: tuple[float, float] | None = None) -> None:
         super().__init__()
         check_dense("VampPrior: pseudo_inputs", pseudo_inputs)

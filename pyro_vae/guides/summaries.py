@@ -37,7 +37,10 @@ def sample_posterior(
 
 def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """As `RowGuide.quantiles`."""
-    level = torch.as_tensor(levels, dtype=torch.float64)
+    try:
+        level = torch.as_tensor(levels, dtype=torch.float64)
+    except (TypeError, ValueError):
+        level = torch.full((), torch.nan)
     if level.dim() != 1 or not ((level > 0) & (level < 1)).all():
         raise ValueError(
             f"quantiles: expected a sequence of levels between 0 and 1, got {levels}. Try [0.05, 0.5, 0.95]."

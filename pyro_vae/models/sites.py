@@ -70,9 +70,10 @@ def explained(x: Tensor, role: str = "posterior") -> Iterator[None]:
     except ValueError as error:
         if x.isfinite().all():
             raise
+        if not x.isnan().any():
+            raise ValueError(f"{role}: expected finite rows, got infinite ones. Try to drop or scale them.") from error
         raise ValueError(
-            f"{role}: expected finite rows, got {'NaN' if x.isnan().any() else 'infinity'}: its network cannot take "
-            "rows with missing values (NaN) or infinite ones. Try to scale or drop the latter, and for the former "
+            f"{role}: expected complete rows, got NaN: its network cannot take rows with missing values (NaN). Try "
             "MaskedInput(network), with a network for inputs of twice the width, which sees which elements are missing."
         ) from error
 

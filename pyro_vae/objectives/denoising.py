@@ -215,15 +215,4 @@ def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0
         >>> salt_and_pepper_noise(1.0)(torch.full((3, 4), 0.5)).unique()
         tensor([0., 1.])
     """
-    low, high = (check_number("salt_and_pepper_noise: values", value) for value in _two(values))
-    return _SaltAndPepper(probability, (low, high))
-
-
-def _two(values: Any) -> tuple[Any, Any]:
-    try:
-        low, high = values
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"salt_and_pepper_noise: values: expected two numbers, got {values!r}. Try (0.0, 1.0)."
-        ) from None
-    return low, high
+    return _SaltAndPepper(probability, values)

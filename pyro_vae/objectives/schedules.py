@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
+
+from torch import Tensor
 
 from pyro_vae.arguments import check_count, check_number, checked
 
@@ -42,5 +45,9 @@ def cyclical(period: int, start: float = 0.0, stop: float = 1.0, *, rising: floa
 def value_at(owner: str, name: str, schedule: float | Schedule, step: int) -> float:
     """The value of a number or schedule at a step, which must be finite and not negative. Errors say whose it is."""
     value = schedule(step) if callable(schedule) else schedule
-    at = f" at step {step}" if callable(schedule) else ""
-    return float(check_number(owner, value, low=0.0, ends="[)", what=f"a finite {name} >= 0{at}"))
+    number = float(value) if isinstance(value, Tensor) and value.dim() == 0 else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        check_number(owner, number, what=f"a finite {name} >= 0")
+    if not 0 <= number < inf:
+        raise ValueError(f"{owner}: expected a finite {name} >= 0, got {float(number)} at step {step}. Try 1.0.")
+    return float(number)

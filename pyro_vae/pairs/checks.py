@@ -98,8 +98,8 @@ def check_roles(model: Callable, guide: Callable, look: Look, *, observes: bool 
     if not observed and (observes or given or model == guide):
         swapped = f", while the guide observes {sorted(given)}" if given else ""
         raise ValueError(
-            f"model: expected a site with obs=…, got {_named(model)}: the model observes no site{swapped}; there is no x to "
-            "have a density. Try pyro.sample(…, obs=x), and look at the order of the arguments, (model, guide, x)."
+            f"model: expected a site with obs=…, got {_named(model)}: the model observes no site{swapped}; there is no "
+            "x to have a density. Try pyro.sample(…, obs=x), and look at the order of the arguments, (model, guide, x)."
         )
     if observed and (observed <= given or model == guide):
         raise ValueError(

@@ -89,7 +89,7 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
     """
     if missing := sorted(sites.keys() - draws.keys()):
         raise ValueError(
-            f"draws: expected draws of the sites {sorted(sites)}, got {sorted(draws)}, missing {missing}. Try draws of "
+            f"draws: expected draws of the sites {sorted(sites)}, missing {missing}, got {sorted(draws)}. Try draws of "
             "all of them, as mcmc.get_samples() or draw_posterior(…) give."
         )
     found = {}

@@ -171,7 +171,7 @@ add(
     pyro_vae.fit,
     lambda: {"model": (v := vae()).model, "guide": v.guide, "data": rows(), "num_epochs": 1, "seed": 0,
              "validation_data": rows(), "progress": False, "compile": False},
-    learning_rate="positive", clip_norm="positive", validation_data="rows", plate="plate_of_fit", data="data",
+    learning_rate="not_negative", clip_norm="positive", validation_data="rows", plate="plate_of_fit", data="data",
 )  # fmt: skip
 add(
     pyro_vae.fit_layers,
@@ -280,7 +280,7 @@ def fit_transformer(
     return transformer.score_samples(X)
 
 
-add(fit_transformer, lambda: {"X": rows().numpy()}, "VAETransformer", X="table", learning_rate="positive",
+add(fit_transformer, lambda: {"X": rows().numpy()}, "VAETransformer", X="table", learning_rate="not_negative",
     build="maker", random_state="random_state")  # fmt: skip
 FITTED = fitted()
 for name in ("transform", "score_samples"):

@@ -48,11 +48,15 @@ def constant(value):
 
 def of_x(function):
     """Values made from the rows of a call that is right."""
-    return lambda call: function(call["args"][0] if "args" in call else rows_of(call))
+    return lambda call: function(torch.as_tensor(call["args"][0] if "args" in call else rows_of(call)))
 
 
 def rows_of(call):
-    return next(call[name] for name in ("data", "x", "z", "X", "log_likelihood", "log_weight") if name in call)
+    return next(
+        call[name]
+        for name in ("data", "x", "z", "X", "Z", "pseudo_inputs", "log_likelihood", "log_weight")
+        if name in call
+    )
 
 
 def nothing_observed(*_, **__):
