@@ -72,7 +72,8 @@ NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
     "exact_draw draws coords dims stack": check_mapping,
     "kinds given": check_names,
     "scale df total_count concentration": check_positive,
-    "decode inputs": check_function,
+    "decode": check_function,
+    "inputs": partial(check_function, what="a function of the arguments", advice="inputs=lambda x: x"),
     "activation estimator": partial(check_function, classes=True),
     "network": partial(check_function, what="a module that maps rows of inputs to features", advice="MLP(3, [64])"),
 }

@@ -11,18 +11,21 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Size, Tensor
 
 from pyro_vae.arguments import check_count, check_dense
-from pyro_vae.distributions.structure import expected_value
+from pyro_vae.distributions.structure import check_conditional, expected_value
 from pyro_vae.pairs.checks import check_support
 
 __all__ = [
     "check_contexts",
     "check_event",
     "check_likelihood",
+    "check_parts",
     "check_posterior",
+    "check_rows_and_contexts",
     "data_plate",
     "event_dims_of",
     "event_dims_of_rows",
     "in_chunks",
+    "rows_to_generate",
     "value_of",
 ]
 
@@ -79,6 +82,26 @@ def check_contexts(where: str, size: int, *context: Tensor) -> None:
                 f"{where}: expected context with one row for each of the {size} rows, got {len(c)} rows. Try "
                 f"c[:{size}], or c.expand({size}, …) for one context for all rows."
             )
+
+
+def check_rows_and_contexts(where: str, x: Tensor, *context: Tensor) -> None:
+    event_dims_of_rows(x)
+    check_contexts(where, len(x), *context)
+
+
+def rows_to_generate(size: Any, context: tuple[Tensor, ...]) -> int:
+    if isinstance(size, Tensor) and size.dim():
+        raise TypeError("generate: expected an int or None as size, got Tensor. Try generate(None, c).")
+    return check_count("generate: size", size) if size is not None else len(context[0]) if context else 1
+
+
+def check_parts(prior: Any, likelihood: Any, posterior: Any) -> tuple[Any, Any, Any]:
+    """What a VAE is made of, if each part may be a conditional distribution."""
+    return (
+        check_conditional("VAE: prior", prior),
+        check_conditional("VAE: likelihood", likelihood),
+        check_conditional("VAE: posterior", posterior),
+    )
 
 
 def check_event(role: str, distribution: Any, expected: Size, of: str) -> None:

@@ -18,12 +18,13 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
+from pyro_vae.arguments import check_dense, check_name
 from pyro_vae.distributions.structure import condition
-from pyro_vae.models.inputs import check_event, check_likelihood, check_posterior
+from pyro_vae.models.inputs import check_event, check_likelihood, check_posterior, event_dims_of_rows
 from pyro_vae.models.registration import Declared, declare
 from pyro_vae.pairs.names import store_name
 
-__all__ = ["declared", "explained", "latent_shape", "model_sites", "posterior_of"]
+__all__ = ["declared", "explained", "latent_shape", "likelihood_at", "model_sites", "posterior_of"]
 
 
 def model_sites(
@@ -35,6 +36,7 @@ def model_sites(
     prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
     """z ~ prior, x ~ p(x|z, c) in the plates that are open: (z, x). `dims`: event dimensions of x and contexts."""
+    check_name("sample_model: prefix", prefix)
     if prior is None:
         p_z = declared(vae, "prior")()
     elif isinstance(prior, nn.Module) or not hasattr(prior, "event_shape"):
@@ -60,6 +62,13 @@ def posterior_of(vae: Any, x: Tensor, context: tuple[Tensor, ...], dims: list[in
         q_z = declared(vae, "posterior")(x, *context, event_dims=dims)
     check_posterior(q_z, latent_shape(vae), x.shape[: x.dim() - dims[0]])
     return q_z
+
+
+def likelihood_at(vae: Any, likelihood: Any, z: Tensor, context: tuple[Tensor, ...]) -> Any:
+    """p(x|z, c) for z of any batch shape."""
+    check_dense("VAE", z)
+    with explained(z, "likelihood"):
+        return likelihood(z, *context, event_dims=[len(latent_shape(vae)), *event_dims_of_rows(*context)])
 
 
 @contextmanager

@@ -19,19 +19,22 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
 from pyro_vae.arguments import check_count, check_name, checked
-from pyro_vae.distributions.structure import check_conditional, picklable_state
+from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.models.inputs import (
     ROWS_AT_ONCE,
     check_contexts,
+    check_parts,
     check_posterior,
+    check_rows_and_contexts,
     data_plate,
     event_dims_of,
     event_dims_of_rows,
     in_chunks,
+    rows_to_generate,
     value_of,
 )
 from pyro_vae.models.registration import Declared, random_attributes
-from pyro_vae.models.sites import declared, explained, latent_shape, model_sites, posterior_of
+from pyro_vae.models.sites import declared, explained, latent_shape, likelihood_at, model_sites, posterior_of
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -88,9 +91,7 @@ class VAE(nn.Module):
     @checked
     def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
         super().__init__()
-        for role, part in (("prior", prior), ("likelihood", likelihood), ("posterior", posterior)):
-            check_conditional(f"VAE: {role}", part)
-        self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
+        self.prior, self.likelihood, self.posterior = check_parts(prior, likelihood, posterior)
         self.name = name
         self._registered = name  # the name in the parameter store
         self._shape_of: tuple[Any, Size] | None = None
@@ -167,7 +168,6 @@ class VAE(nn.Module):
             >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
             >>> loss = svi.step(torch.randn(5, 8), torch.randn(5), torch.tensor([0, 1, 2, 0, 1]))
         """
-        check_name("sample_model: prefix", prefix)
         dims = event_dims_of_rows(*context) if x is None else event_dims_of(self.likelihood, x, *context)
         return model_sites(self, x, context, dims, prior, prefix)[0]
 
@@ -189,9 +189,7 @@ class VAE(nn.Module):
         Returns:
             A distribution with batch shape (*batch,).
         """
-        dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
-        with explained(z, "likelihood"):
-            return declared(self, "likelihood")(z, *context, event_dims=dims)
+        return likelihood_at(self, declared(self, "likelihood"), z, context)
 
     def posterior_given(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger guide.
@@ -251,7 +249,6 @@ class VAE(nn.Module):
     # -- without gradients, in evaluation mode, for any number of rows ------------------------------------------------
 
     @one_thread
-    @checked
     @torch.no_grad()
     def encode(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c): a distribution with batch shape (N,)."""
@@ -264,14 +261,11 @@ class VAE(nn.Module):
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
     @one_thread
-    @checked
     @torch.no_grad()
     def decode(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
         with evaluation_mode():
-            dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
-            with explained(z, "likelihood"):
-                return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
+            return likelihood_at(self, Declared(self.likelihood, "likelihood"), z, context)
 
     @one_thread
     @checked
@@ -290,9 +284,7 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        if isinstance(size, Tensor) and size.dim():
-            raise TypeError("generate: expected an int or None as size, got Tensor. Try generate(None, c).")
-        size = check_count("generate: size", size) if size is not None else len(context[0]) if context else 1
+        size = rows_to_generate(size, context)
         check_contexts("generate", size, *context)
 
         def rows(start: int, stop: int) -> Tensor:
@@ -318,8 +310,7 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        event_dims_of_rows(x)
-        check_contexts("reconstruct", len(x), *context)
+        check_rows_and_contexts("reconstruct", x, *context)
 
         def rows(start: int, stop: int) -> Tensor:
             c = [c[start:stop] for c in context]
@@ -345,8 +336,7 @@ class VAE(nn.Module):
             (size, N, *event).
         """
         size = check_count("similar: size", size)
-        event_dims_of_rows(x)
-        check_contexts("similar", len(x), *context)
+        check_rows_and_contexts("similar", x, *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
 
         def rows(start: int, stop: int) -> Tensor:

@@ -130,7 +130,7 @@ class _Noise:
 
 class _Gaussian(_Noise):
     def _check(self, strength: float) -> None:
-        check_number("gaussian_noise: scale", strength, low=0.0, ends="[)", what="a finite scale >= 0")
+        check_number("gaussian_noise", strength, low=0.0, ends="[)", what="a finite scale >= 0")
 
     @property
     def scale(self) -> float:
