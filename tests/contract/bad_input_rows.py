@@ -97,7 +97,6 @@ COUNT = (
     )
     + right(
         numpy=constant(np.int64(3)),
-        numpy_array=lambda _: np.array(3),
         tensor=lambda _: torch.tensor(3),
     )
 )
