@@ -91,6 +91,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         TypeError: something else altogether.
 
     Example:
+        >>> import numpy as np
         >>> @checked
         ... def draw(*, num_particles: int = 3):
         ...     return num_particles

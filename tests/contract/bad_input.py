@@ -161,7 +161,9 @@ def arguments_of(case: Case) -> dict[str, Any]:
 
 def run(case: Case) -> tuple[str, str]:
     """What became of a case: "fine", "silent", "obscure", "changed" or "slow", and what there is to say about it."""
-    arguments = arguments_of(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's nested tensors are a prototype
+        arguments = arguments_of(case)
     before, error, found = state_of(arguments), None, None
     limit = REFUSE if case.verdict in ("wrong", "mine") else WORK
     with warnings.catch_warnings():

@@ -51,6 +51,7 @@ def test_every_public_name_and_argument_is_in_the_tables():
     assert {argument: kind for argument, kind in kinds.items() if kind not in {*VALUES, "skip"}} == {}
 
 
+@pytest.mark.filterwarnings("ignore:trying to observe a value outside of inference:RuntimeWarning")
 @pytest.mark.parametrize("name", CALLS)
 def test_the_call_that_the_cases_change_is_right(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
