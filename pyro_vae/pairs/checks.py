@@ -101,7 +101,7 @@ def check_roles(model: Callable, guide: Callable, look: Look, *, observes: bool 
             f"model: expected a site with obs=…, got {_named(model)}: the model observes no site{swapped}; there is no "
             "x to have a density. Try pyro.sample(…, obs=x), and look at the order of the arguments, (model, guide, x)."
         )
-    if observed and (observed <= given or model == guide):
+    if model == guide:  # a guide may run the model, as Pyro's AutoMessengers do, and observe what it observes
         raise ValueError(
             f"guide: expected draws of the latents given the data, got {_named(guide)}, which observes all that the "
             f"model observes, {sorted(observed)}: log p − log q would hold nothing of the data. Try a guide that has "
