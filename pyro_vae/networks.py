@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import check_shape, checked
+
 __all__ = ["MLP", "ConvDecoder", "ConvEncoder", "MaskedInput"]
 
 
@@ -43,6 +45,7 @@ class MLP(nn.Module):
         torch.Size([5, 400])
     """
 
+    @checked
     def __init__(
         self,
         in_shape: int | Sequence[int],
@@ -54,8 +57,8 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_options("MLP", norm, dropout)
-        self.in_shape = _shape(in_shape)
+        _check_norm("MLP", norm)
+        self.in_shape = check_shape("in_shape", in_shape)
         self.context_size = context_size
         sizes = [prod(self.in_shape) + context_size, *hidden_sizes]
         layers: list[nn.Module] = []
@@ -97,6 +100,7 @@ class ConvEncoder(nn.Module):
         torch.Size([5, 64])
     """
 
+    @checked
     def __init__(
         self,
         in_shape: Sequence[int],
@@ -111,8 +115,8 @@ class ConvEncoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_options("ConvEncoder", norm, dropout)
-        self.in_shape = _shape(in_shape)
+        _check_norm("ConvEncoder", norm)
+        self.in_shape = check_shape("in_shape", in_shape)
         self.context_size = context_size
         if len(self.in_shape) != 3:
             raise ValueError(
@@ -163,6 +167,7 @@ class ConvDecoder(nn.Module):
         torch.Size([5, 16, 28, 28])
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -177,7 +182,7 @@ class ConvDecoder(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_options("ConvDecoder", norm, dropout)
+        _check_norm("ConvDecoder", norm)
         self.in_shape = (in_features,)
         self.context_size = context_size
         if not channels or len(out_size) != 2:
@@ -224,6 +229,7 @@ class MaskedInput(nn.Module):
         True
     """
 
+    @checked
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
@@ -233,12 +239,10 @@ class MaskedInput(nn.Module):
         return self.network.out_features  # type: ignore[return-value]
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        if x.dim() < 2:
+            raise ValueError(f"MaskedInput: expected rows (N, *event), got shape {tuple(x.shape)}. Try x[None].")
         missing = x.isnan()
         return self.network(torch.cat([x.masked_fill(missing, 0.0), (~missing).to(x.dtype)], dim=1), *context)
-
-
-def _shape(shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
 
 
 def _padding(kernel_size: int) -> int:
@@ -279,13 +283,11 @@ def _after(
     return layers
 
 
-def _check_options(where: str, norm: Any, dropout: float) -> None:
+def _check_norm(where: str, norm: Any) -> None:
     if norm not in (None, "layer", "batch"):
         raise ValueError(
             f'{where}: expected norm=None, "layer" or "batch", got {norm!r}. Try "layer", or a network of your own.'
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{where}: expected 0 <= dropout < 1, a probability, got {dropout}. Try dropout=0.1.")
 
 
 def _check_shape(where: str, x: Tensor, shape: tuple[int, ...]) -> None:

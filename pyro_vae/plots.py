@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_vae.arguments import check_dense, checked
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -66,6 +68,7 @@ def plot_training(
     return _lean(ax)
 
 
+@checked
 def plot_images(
     images: Any,
     *,
@@ -121,6 +124,7 @@ def plot_images(
     return ax
 
 
+@checked
 def plot_traversal(
     decode: Callable[[Any], Any],
     z: Any,
@@ -163,6 +167,7 @@ def plot_traversal(
     return plot_images(decode(codes), row_labels=labels, column_labels=columns, ax=ax, **options)
 
 
+@checked
 def plot_interpolation(
     decode: Callable[[Any], Any], start: Any, stop: Any, *, num: int = 9, ax: Axes | None = None, **options: Any
 ) -> Axes:
@@ -307,7 +312,13 @@ def plot_khat(khat: Any, threshold: float = 0.7, *, label: str | None = None, ax
 
 
 def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    if hasattr(values, "detach"):
+        check_dense("plots", values)
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    if not array.ndim or array.dtype.kind not in "fiub":
+        raise TypeError(f"plots: expected an array of real numbers, got {values!r}. Try np.asarray(x, float).")
+    return array
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -131,7 +131,7 @@ def test_errors_say_what_to_try():
     [
         (lambda: MLP(3, [4], norm="group"), 'MLP: expected norm=None, "layer" or "batch", got \'group\''),
         (lambda: MLP(3, [4], norm=nn.LayerNorm), "MLP: expected norm=None"),
-        (lambda: MLP(3, [4], dropout=1.0), "MLP: expected 0 <= dropout < 1, a probability, got 1.0"),
+        (lambda: MLP(3, [4], dropout=1.0), "MLP: dropout: expected a probability between 0 and 1, got 1.0"),
         (lambda: ConvEncoder((1, 8, 8), [4], 3, stride=4), "expected 1 <= stride <= kernel_size.*Try kernel_size=7"),
         (lambda: ConvEncoder((8, 8), [4], 3), r"expected in_shape=\(channels, height, width\), got \(8, 8\)"),
         (lambda: ConvEncoder((1, 5, 9), [4, 4, 4], 3, kernel_size=4), r"got \(5, 9\), of which 2 leave \(1, 2\)"),

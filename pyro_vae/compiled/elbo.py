@@ -28,6 +28,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, checked
 from pyro_vae.compiled.audit import Diverged
 from pyro_vae.compiled.plans import Call, Plan
 from pyro_vae.compiled.recordings import LossAndGradients, Recordings
@@ -89,13 +90,9 @@ class CompiledELBO(ELBO):
         tensor([-1.,  0.,  1.])
     """
 
+    @checked
     def __init__(self, elbo: ELBO | None = None, *, backend: str = "inductor", cache_size: int = 8) -> None:
-        if elbo is not None and not isinstance(elbo, ELBO):
-            raise TypeError(f"elbo: expected a pyro.infer.ELBO, got {elbo!r}. Try CompiledELBO(Trace_ELBO()).")
-        if backend not in ("inductor", "eager"):
-            raise ValueError(f"backend: expected 'inductor' or 'eager', got {backend!r}.")
-        if cache_size < 1:
-            raise ValueError(f"cache_size: expected at least 1, got {cache_size}.")
+        check_choice("backend", backend, ("inductor", "eager"))
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.backend, self.cache_size = backend, cache_size
         self._pairs: OrderedDict[tuple, Recordings] = OrderedDict()  # the most recently used last

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from pyro_vae.arguments import check_choice
+
 __all__ = ["EVIDENCE", "TRAINING", "Backend", "Thresholds", "backend_for", "check_compile"]
 
 Backend = Literal["eager", "inductor"]
@@ -59,5 +61,4 @@ def backend_for(compile: bool | str, num_runs: int, thresholds: Thresholds) -> B
 
 def check_compile(compile: bool | str) -> None:
     """Raises a `ValueError` unless the argument is True, False or "auto"."""
-    if compile not in (True, False, "auto"):
-        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}. Try compile='auto'.")
+    check_choice("compile", compile, (True, False, "auto"))

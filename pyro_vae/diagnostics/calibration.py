@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, checked
 from pyro_vae.diagnostics.calibration_result import LIKELIHOOD, Calibration
 from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood, ranks_among, weighted_ranks
 from pyro_vae.diagnostics.simulations import Batch, Draws, Simulator
 from pyro_vae.evidence.posterior import resampled
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -38,6 +38,7 @@ METHODS = ("guide", "adaptive", "annealed", "importance")
 
 
 @one_thread
+@checked
 @seeded
 def simulation_based_calibration(
     model: Callable,
@@ -99,10 +100,7 @@ def simulation_based_calibration(
         >>> simulation_based_calibration(model, guide, torch.zeros(100), seed=0).p_value < 0.001
         True
     """
-    num_simulations = check_num_particles(num_simulations, "num_simulations")
-    num_draws, num_particles = check_num_particles(num_draws, "num_draws"), check_num_particles(num_particles)
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    check_choice("method", method, METHODS)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     if method != "guide":
         check_density(sampler.pair)

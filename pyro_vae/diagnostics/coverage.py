@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.diagnostics.calibration_plots import plot_coverage
 from pyro_vae.diagnostics.coverage_ranks import HighestDensity, Tarp
 from pyro_vae.diagnostics.ecdf_bands import ecdf_bands, uniform_p_values
 from pyro_vae.diagnostics.simulated_draws import guide_draws
 from pyro_vae.diagnostics.simulations import Simulator
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -88,6 +88,7 @@ class Coverage:
 
 
 @one_thread
+@checked
 @seeded
 def expected_coverage(
     model: Callable,
@@ -144,8 +145,6 @@ def expected_coverage(
         >>> round(found.coverage["highest_density"][89].item(), 1)  # by regions of 90 %
         0.6
     """
-    num_simulations = check_num_particles(num_simulations, "num_simulations")
-    num_draws = check_num_particles(num_draws, "num_draws")
     if not kinds or not set(kinds) <= set(KINDS):
         raise ValueError(f"kinds: expected some of {KINDS}, got {kinds!r}. Try kinds=('tarp',).")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.diagnostics.doubt_table import DoubtfulRows
 from pyro_vae.evidence.evidence import LOWER_BOUND, Evidence
 from pyro_vae.evidence.local_fit import averaged
 from pyro_vae.evidence.log_weights import LogWeightSummary
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -38,6 +38,7 @@ __all__ = ["doubtful_rows"]
 
 
 @one_thread
+@checked
 @seeded
 def doubtful_rows(
     model: Callable,
@@ -92,11 +93,6 @@ def doubtful_rows(
         >>> found.order[0].item(), found.out_of_distribution.sum().item()
         (99, 1)
     """
-    num_particles = check_num_particles(num_particles)
-    if num_simulated < 0 or num_simulated != int(num_simulated):
-        raise ValueError(f"num_simulated: expected a whole number, 0 or more, got {num_simulated}.")
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a probability between 0 and 1, got {level}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     check_density(sampler.pair)
     arguments, size = _repeated(sampler, num_simulated)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, checked
 from pyro_vae.diagnostics.gaps_result import InferenceGaps
 from pyro_vae.evidence.adaptive import FIT_TOGETHER, adaptive_importance_sampling
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.guide_gaussian import gaussian_of, is_diagonal
 from pyro_vae.evidence.local_fit import Locals, averaged, better_of, fit_locals, log_weights
 from pyro_vae.evidence.structured import Arrow
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -36,6 +36,7 @@ FAMILIES = ("diagonal", "full")
 
 
 @one_thread
+@checked
 @seeded
 def inference_gaps(
     model: Callable,
@@ -91,9 +92,7 @@ def inference_gaps(
         >>> round(gaps.approximation.mean().item(), 2), round(gaps.amortization.mean().item(), 2)
         (0.0, 0.09)
     """
-    num_particles = check_num_particles(num_particles)
-    if family not in (None, *FAMILIES):
-        raise ValueError(f"family: expected one of {', '.join(map(repr, FAMILIES))}, or None, got {family!r}.")
+    check_choice("family", family, (None, *FAMILIES))
     evidence = adaptive_importance_sampling(
         model,
         guide,

@@ -20,6 +20,7 @@ from math import inf, nan, sqrt
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_dense
 from pyro_vae.evidence.evidence import NO_BOUND, Evidence
 from pyro_vae.evidence.pareto import fit_tail, tail_length
 
@@ -196,6 +197,9 @@ def log_predictive(log_likelihood: Tensor, log_weight: Tensor | None = None) -> 
 
 def _checked(name: str, log_likelihood: Tensor, log_weight: Tensor | None) -> tuple[Tensor, Tensor, float]:
     """Both in float64, log-weights (S, 1), and up to which size their differences count as rounding."""
+    check_dense(f"{name}: log_likelihood", log_likelihood)
+    if log_weight is not None:
+        check_dense(f"{name}: log_weight", log_weight)
     if log_likelihood.dim() != 2 or not len(log_likelihood):
         raise ValueError(
             f"{name}: expected a log_likelihood of shape (S draws, N points), got {tuple(log_likelihood.shape)}. "
@@ -203,7 +207,8 @@ def _checked(name: str, log_likelihood: Tensor, log_weight: Tensor | None) -> tu
         )
     if log_weight is not None and log_weight.shape != log_likelihood.shape[:1]:
         raise ValueError(
-            f"{name}: expected a log_weight for each of the {len(log_likelihood)} draws, got {tuple(log_weight.shape)}."
+            f"{name}: expected a log_weight for each of the {len(log_likelihood)} draws, got shape "
+            f"{tuple(log_weight.shape)}. Try log_weight.flatten()."
         )
     tolerance = sqrt(torch.finfo(log_likelihood.dtype).eps)
     log_likelihood = log_likelihood.detach().double()

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.diagnostics.calibration import Tally
 from pyro_vae.diagnostics.calibration_result import Calibration
 from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood
 from pyro_vae.diagnostics.simulations import Simulator
 from pyro_vae.evidence.posterior import draw_posterior
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -45,6 +45,7 @@ __all__ = ["posterior_calibration"]
 
 
 @one_thread
+@checked
 @seeded
 def posterior_calibration(
     model: Callable,
@@ -102,8 +103,6 @@ def posterior_calibration(
         >>> posterior_calibration(model, guide, far, seed=0).p_value < 0.001
         True
     """
-    num_simulations = check_num_particles(num_simulations, "num_simulations")
-    num_draws = check_num_particles(num_draws, "num_draws")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     simulator = Simulator(sampler, "posterior_calibration")
     if sampler.rows.separable and num_simulations < sampler.num_points:  # z* is drawn for no more rows than simulated

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal, kl_divergence
 
+from pyro_vae.arguments import checked
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
@@ -59,6 +60,7 @@ class LatentUsage:
 
 
 @one_thread
+@checked
 @seeded
 def latent_usage(
     model: Callable,
@@ -115,7 +117,7 @@ def latent_usage(
     noise: Tensor | float = 0.0
     with torch.no_grad(), evaluation_mode(model, guide):
         for rows in sampler.chunks(1)[0]:
-            guide_trace, model_trace = sampler.traces(1, rows, check=False)
+            guide_trace, model_trace = sampler.traces(1, rows)
             latents = [n for n, s in sample_sites(guide_trace).items() if not s["is_observed"]]
             if (site is None and len(latents) != 1) or (site is not None and site not in latents):
                 raise ValueError(f"site: expected one of {latents}, got {site!r}. Try site={latents[0]!r}.")

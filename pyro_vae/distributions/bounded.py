@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import SMALLEST_SCALE, Conditional, positive
 from pyro_vae.distributions.continuous import ConditionalNormal
 from pyro_vae.distributions.gammas import Dirichlet, Gamma
@@ -63,6 +64,7 @@ class ConditionalGamma(Conditional):
         True
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -102,6 +104,7 @@ class ConditionalDirichlet(Conditional):
         True
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -144,6 +147,7 @@ class ConditionalTruncatedNormal(ConditionalNormal):
         True
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,

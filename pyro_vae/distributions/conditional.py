@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_vae.arguments import check_dense, check_positive, checked
 from pyro_vae.distributions.structure import Broadcasting, event_shape_of
 
 __all__ = ["SMALLEST_SCALE", "Conditional", "positive"]
@@ -52,6 +53,7 @@ class Conditional(Broadcasting):
 
     num_parameters: ClassVar[int] = 1
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -97,6 +99,11 @@ class Conditional(Broadcasting):
 
     def from_features(self, features: Tensor, batch: Size) -> Any:
         """The distribution with this batch shape, given the network's output for the flattened rows, (B, features)."""
+        if len(features) != prod(batch) or features.dim() != (4 if self._is_map else 2):
+            raise ValueError(
+                f"{type(self).__name__}: expected features of {prod(batch)} rows from the network, got shape "
+                f"{tuple(features.shape)}. Try nn.Flatten() at its end, or rows of the shape that it takes."
+            )
         raw = self.head(features)
         if self._is_map:
             parts = list(raw.chunk(len(self._shapes), dim=1))
@@ -113,9 +120,8 @@ class Conditional(Broadcasting):
         if value is None or isinstance(value, nn.Module):
             setattr(self, name, value)
             return
+        value = check_positive(f"{type(self).__name__}: {name}", value)
         value = torch.as_tensor(value, dtype=next(self.parameters()).dtype)
-        if not (value > 0).all():
-            raise ValueError(f"{type(self).__name__}: expected a positive {name}, got {value}.")
         shape, event = tuple(value.shape), self.event_shape
         pairs = zip(reversed(shape), reversed(event), strict=False)
         if len(shape) > len(event) or any(n not in (1, m) for n, m in pairs):  # more would pass for a batch
@@ -134,6 +140,7 @@ class Conditional(Broadcasting):
 
     def check(self, x: Tensor) -> None:
         """Raises TypeError if x has another dtype than the weights, and ValueError if it is on another device."""
+        check_dense(type(self).__name__, x, meta=True)
         weight = self.head.weight
         if x.dtype != weight.dtype:
             raise TypeError(

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import SMALLEST_SCALE, Conditional, positive
 from pyro_vae.distributions.structure import event_shape_of
 from pyro_vae.distributions.univariate import Beta, ContinuousBernoulli, StudentT
@@ -45,10 +46,13 @@ class LearnedScale(nn.Module):
         0.1
     """
 
+    @checked
     def __init__(self, shape: int | Sequence[int] = (), *, init: float = 1.0, smallest: float = SMALLEST_SCALE) -> None:
         super().__init__()
         if not init > smallest > 0:
-            raise ValueError(f"LearnedScale: expected init > smallest > 0, got init={init}, smallest={smallest}.")
+            raise ValueError(
+                f"LearnedScale: expected init > smallest > 0, got init={init}, smallest={smallest}. Try init=1.0."
+            )
         self.smallest = smallest
         y = init - smallest
         self.raw = nn.Parameter(torch.full(event_shape_of(shape), y + log(-expm1(-y))))  # log(e^y − 1)
@@ -78,6 +82,7 @@ class ConditionalNormal(Conditional):
         torch.Size([50])
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -118,6 +123,7 @@ class ConditionalStudentT(Conditional):
         torch.Size([3])
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,

@@ -13,6 +13,7 @@ from typing import Any
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import Conditional, positive
 from pyro_vae.distributions.structure import event_shape_of
 from pyro_vae.distributions.univariate import NegativeBinomial, Poisson
@@ -65,6 +66,7 @@ class ConditionalCategorical(Conditional):
         torch.Size([4, 5])
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -97,6 +99,7 @@ class ConditionalOneHotCategorical(Conditional):
         tensor([0.3333, 0.3333, 0.3333])
     """
 
+    @checked
     def __init__(
         self, network: nn.Module | None, num_categories: int, *, features: int | Sequence[int] | None = None
     ) -> None:
@@ -144,6 +147,7 @@ class ConditionalNegativeBinomial(Conditional):
         True
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,

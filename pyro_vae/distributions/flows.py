@@ -9,7 +9,7 @@ Flow*). The transformations come from Pyro, torch and Zuko; this file makes cond
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -17,8 +17,9 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.state import Copied, tensors_of, versions
-from pyro_vae.distributions.structure import Broadcasting, condition
+from pyro_vae.distributions.structure import Broadcasting, check_conditional, condition
 
 __all__ = ["ConditionalFlow"]
 
@@ -59,13 +60,22 @@ class ConditionalFlow(Broadcasting):
         torch.Size([5, 2])
     """
 
+    @checked
     def __init__(self, base: Any, transforms: Sequence[Any], *, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.base, self.network = base, network
+        self.base, self.network = check_conditional("ConditionalFlow: base", base), network
+        if not isinstance(transforms, Iterable) or not all(callable(t) for t in transforms):
+            raise TypeError(
+                f"ConditionalFlow: transforms: expected a list of transformations, got {transforms!r}. Try "
+                "[pyro.distributions.transforms.Spline(2)]."
+            )
         self.transforms = list(transforms)
         self.transforms_modules = nn.ModuleList(m for t in transforms for m in _modules(t))
         if network is None and any(hasattr(t, "condition") for t in transforms):
-            raise ValueError("ConditionalFlow: conditional transformations expect a context. Try network=MLP(…).")
+            raise ValueError(
+                "ConditionalFlow: conditional transformations expect a context: expected a network, got none. Try "
+                "network=MLP(…)."
+            )
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
         for module in self.transforms_modules:  # Pyro's are not called as modules, so that hooks do not reach them

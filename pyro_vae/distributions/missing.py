@@ -20,7 +20,7 @@ from torch.distributions import Independent, biject_to, constraints
 
 from pyro_vae.distributions.products import Product
 from pyro_vae.distributions.state import Copied
-from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
+from pyro_vae.distributions.structure import Broadcasting, check_conditional, condition, expected_value
 
 __all__ = ["ObservedPart"]
 
@@ -49,7 +49,7 @@ class ObservedPart(Broadcasting):
 
     def __init__(self, likelihood: Any) -> None:
         super().__init__()
-        self.likelihood = likelihood
+        self.likelihood = check_conditional("ObservedPart", likelihood)
 
     def forward(self, *inputs: Tensor, event_dims: Sequence[int] | None = None) -> Any:
         return Observed(condition(self.likelihood, *inputs, event_dims=event_dims, role="likelihood"))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import Conditional, positive
 from pyro_vae.distributions.gaussians import LowRankMultivariateNormal, MultivariateNormal
 from pyro_vae.distributions.structure import event_shape_of
@@ -49,6 +50,7 @@ class ConditionalMultivariateNormal(Conditional):
         torch.Size([5, 50, 50])
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,
@@ -88,6 +90,7 @@ class ConditionalLowRankMultivariateNormal(Conditional):
         torch.Size([5, 50, 50])
     """
 
+    @checked
     def __init__(
         self,
         network: nn.Module | None,

@@ -15,9 +15,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import check_dense, checked
 from pyro_vae.distributions.conditional import positive
 from pyro_vae.distributions.state import Copied
-from pyro_vae.distributions.structure import condition, event_shape_of
+from pyro_vae.distributions.structure import check_conditional, condition, event_shape_of
 
 __all__ = ["GaussianMixture", "StandardNormal", "VampPrior"]
 
@@ -33,6 +34,7 @@ class StandardNormal(nn.Module):
         torch.Size([8])
     """
 
+    @checked
     def __init__(self, event_shape: int | Sequence[int]) -> None:
         super().__init__()
         self.event_shape = event_shape_of(event_shape)
@@ -56,10 +58,9 @@ class GaussianMixture(nn.Module):
         torch.Size([5, 2])
     """
 
+    @checked
     def __init__(self, num_components: int, event_shape: int | Sequence[int], *, spread: float = 1.0) -> None:
         super().__init__()
-        if num_components < 1:
-            raise ValueError(f"GaussianMixture: expected at least one component, got {num_components}.")
         shape = event_shape_of(event_shape)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(spread * torch.randn(num_components, *shape))
@@ -93,9 +94,16 @@ class VampPrior(nn.Module):
         torch.Size([2])
     """
 
+    @checked
     def __init__(self, posterior: Any, pseudo_inputs: Tensor, *, limits: tuple[float, float] | None = None) -> None:
         super().__init__()
-        self._shared = (posterior,)  # not a submodule: its weights are the posterior's
+        check_dense("VampPrior: pseudo_inputs", pseudo_inputs)
+        if not pseudo_inputs.dim() or not len(pseudo_inputs) or not pseudo_inputs.isfinite().all():
+            raise ValueError(
+                f"VampPrior: expected finite pseudo_inputs, (K, *event), got shape {tuple(pseudo_inputs.shape)}"
+                f"{'' if pseudo_inputs.isfinite().all() else ' with NaN or infinity'}. Try rows of the data, x[:100]."
+            )
+        self._shared = (check_conditional("VampPrior", posterior),)  # not a submodule: its weights are the posterior's
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.limits = limits
 

@@ -18,7 +18,7 @@ from torch.distributions import biject_to, constraints
 
 from pyro_vae.distributions.conditional import Conditional
 from pyro_vae.distributions.state import Copied
-from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
+from pyro_vae.distributions.structure import Broadcasting, check_conditional, condition, expected_value
 
 __all__ = ["ConditionalProduct", "Product"]
 
@@ -50,7 +50,7 @@ class ConditionalProduct(Broadcasting):
 
     def __init__(self, *parts: Any) -> None:
         super().__init__()
-        self.parts = torch.nn.ModuleList(parts)
+        self.parts = torch.nn.ModuleList(check_conditional("ConditionalProduct", part) for part in parts)
         networks = {id(getattr(part, "network", None)) for part in parts}
         plain = all(isinstance(p, Conditional) and type(p).forward is Conditional.forward for p in parts)
         self._shares = plain and len(networks) == 1 and parts[0].network is not None

@@ -21,7 +21,21 @@ from pyro.distributions.distribution import Distribution as PyroDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Independent, constraints
 
-__all__ = ["Broadcasting", "condition", "event_shape_of", "expected_value", "picklable_state"]
+from pyro_vae.arguments import check_shape
+
+__all__ = ["Broadcasting", "check_conditional", "condition", "event_shape_of", "expected_value", "picklable_state"]
+
+
+def check_conditional(role: str, conditional: Any) -> Any:
+    """Raises TypeError for what can be no conditional distribution."""
+    kinds = (torch.distributions.Distribution, dist.ConditionalDistribution)
+    if isinstance(conditional, kinds) or (callable(conditional) and not isinstance(conditional, (type, Tensor))):
+        return conditional
+    got = f"the class {conditional.__name__}" if isinstance(conditional, type) else repr(conditional)
+    raise TypeError(
+        f"{role}: expected a distribution or a callable that returns one, got {got}. Try "
+        "ConditionalNormal(network, size), or dist.Normal(loc, scale).to_event(1)."
+    )
 
 
 def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | None = None, role: str = "it") -> Any:
@@ -51,10 +65,8 @@ def condition(conditional: Any, *inputs: Tensor, event_dims: Sequence[int] | Non
         result = conditional.condition(*inputs)
     elif isinstance(conditional, Broadcasting):
         result = conditional(*inputs, event_dims=event_dims)
-    elif callable(conditional):
-        result = conditional(*inputs)
     else:
-        raise TypeError(f"{role}: expected a distribution or a callable that returns one, got {conditional!r}.")
+        result = check_conditional(role, conditional)(*inputs)
     if isinstance(result, PyroDistribution):
         return result
     if isinstance(result, torch.distributions.Distribution):
@@ -104,7 +116,18 @@ class Broadcasting(nn.Module):
     def rows(inputs: Sequence[Tensor], event_dims: Sequence[int] | None) -> tuple[Size, list[Tensor]]:
         """The batch shape of the inputs, and the inputs with the batch flattened, (B, *event)."""
         dims = [1] * len(inputs) if event_dims is None else event_dims
-        batch = torch.broadcast_shapes(*(x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)))
+        for x, d in zip(inputs, dims, strict=True):
+            if x.dim() < d:
+                raise ValueError(
+                    f"expected an input (*batch, *event) with {d} event dimensions, got shape {tuple(x.shape)}. Try "
+                    "x.reshape(1, -1)."
+                )
+        shapes = [x.shape[: x.dim() - d] for x, d in zip(inputs, dims, strict=True)]
+        try:
+            batch = torch.broadcast_shapes(*shapes)
+        except RuntimeError as error:
+            got = " and ".join(str(tuple(shape)) for shape in shapes)
+            raise ValueError(f"expected inputs of batch shapes that broadcast, got {got}. Try c.expand(…).") from error
         rows = [x.expand(*batch, *x.shape[x.dim() - d :]) for x, d in zip(inputs, dims, strict=True)]
         return batch, [x.reshape(prod(batch), *x.shape[len(batch) :]) for x in rows]
 
@@ -176,4 +199,4 @@ def expected_value(distribution: Any) -> Tensor | None:
 
 def event_shape_of(shape: int | Sequence[int]) -> tuple[int, ...]:
     """The event shape as a tuple; an int is the length of a vector."""
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    return check_shape("event_shape", shape)

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.joint_draws import JointDraws
 from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import Gaussians, from_guide, from_prior, mixture_draws, shares
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.libraries import warn
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -48,6 +48,7 @@ LEAST_SHARE = 0.15  # each component gets at least this share of the draws
 
 
 @one_thread
+@checked
 @seeded
 def adaptive_importance_sampling(
     model: Callable,
@@ -130,7 +131,6 @@ def adaptive_importance_sampling(
         >>> bool((evidence.effective_sample_size > 500).all())
         True
     """
-    num_particles = check_num_particles(num_particles)
     portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
     sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
 

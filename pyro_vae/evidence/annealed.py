@@ -26,13 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, checked
 from pyro_vae.evidence.adaptive import FIRST_DRAWS, fit_gaussians
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import UPPER_BOUND, Evidence
 from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import Gaussians, Proposal, defined, from_guide, from_prior
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
 from pyro_vae.particles.sampler import ParticleSampler
@@ -44,6 +44,7 @@ LEAPFROG_TENSORS = 4.0  # a gradient needs about this many times the tensors of 
 
 
 @one_thread
+@checked
 @seeded
 def annealed_importance_sampling(
     model: Callable,
@@ -121,12 +122,8 @@ def annealed_importance_sampling(
         >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error).all())
         True
     """
-    num_particles = check_num_particles(num_particles)
-    num_temperatures = check_num_particles(num_temperatures, "num_temperatures")
-    num_leapfrog = check_num_particles(num_leapfrog, "num_leapfrog")
     for name, value, known in (("start", start, STARTS), ("schedule", schedule, ("linear", "sigmoid", "adaptive"))):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}.")
+        check_choice(name, value, known)
     portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
     sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.evidence.annealed import annealed_importance_sampling
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.pairs.seeds import seeded
@@ -66,6 +67,7 @@ class Sandwich:
 
 
 @one_thread
+@checked
 @seeded
 def sandwich(
     model: Callable,

@@ -14,6 +14,7 @@ from pyro_vae.evidence.evidence import LOWER_BOUND, NO_BOUND, UPPER_BOUND, Evide
 from pyro_vae.evidence.finished import Finished
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.evidence.portions import Portions
+from pyro_vae.pairs.checks import check_roles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import from_seed
 from pyro_vae.pairs.validity import check_density
@@ -65,11 +66,7 @@ def collect(
     """
     bound = NO_BOUND if smooth or correction is not None else UPPER_BOUND if exact else LOWER_BOUND
     check_density(sampler.pair)
-    if not any(site.role == "observed" for site in sampler.pair.sites.values()):
-        raise ValueError(
-            "the model observes no site: there is no x to have a density. Try pyro.sample(…, obs=x), and look at the "
-            "order of the arguments, (model, guide, x)."
-        )
+    check_roles(sampler.pair.model, sampler.pair.guide, sampler.pair.look, observes=True)
     portions = portions or Portions(sampler.model, sampler.guide, (), {}, None)
     known = {"num_particles": num_particles, "method": method, "smooth": smooth, "correction": correction}
 

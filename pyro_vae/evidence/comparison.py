@@ -119,8 +119,12 @@ def compare(evidence: Mapping[str, Evidence]) -> Comparison:
         >>> list(compare(fits).evidence)
         ['noise 1.0', 'noise 3.0']
     """
+    if not isinstance(evidence, Mapping) or not all(isinstance(e, Evidence) for e in evidence.values()):
+        raise TypeError(
+            f"compare: expected {{name: Evidence}}, got {type(evidence).__name__}. Try {{'a': first, 'b': second}}."
+        )
     if len(evidence) < 2:
-        raise ValueError(f"compare: expected at least two fits, got {list(evidence)}.")
+        raise ValueError(f"compare: expected at least two fits, got {list(evidence)}. Try {{'a': first, 'b': second}}.")
     sizes = {name: len(e.log_evidence) for name, e in evidence.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(

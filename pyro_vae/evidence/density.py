@@ -100,7 +100,10 @@ class LatentDensity:
         missing = self._sites.keys() - draws.keys()
         if missing:
             sites = sorted(self._sites)
-            raise ValueError(f"exact_draw: expected draws of the sites {sites}, missing {sorted(missing)}.")
+            raise ValueError(
+                f"exact_draw: expected draws of the sites {sites}, missing {sorted(missing)}, got "
+                f"{sorted(draws)}. Try simulate(…).latents."
+            )
         return self.unconstrain({name: draws[name][self.rows or slice(None)].unsqueeze(0) for name in self._sites})
 
     @torch.no_grad()

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.evidence.collect import collect
 from pyro_vae.evidence.compiled import CompiledLogWeight, compiled_log_weight
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.evidence import Evidence
 from pyro_vae.evidence.portions import Portions
 from pyro_vae.evidence.proposals import from_guide, from_prior, mixture_weights
-from pyro_vae.pairs.checks import check_function, check_num_particles
+from pyro_vae.pairs.checks import check_function
 from pyro_vae.pairs.handlers import StopAfter, unobserved
 from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.seeds import seeded
@@ -37,6 +38,7 @@ PASSES: dict[str, Any] = {"tensors": 0.5, "together": 128}
 
 
 @one_thread
+@checked
 @seeded
 def importance_sampling(
     model: Callable,
@@ -127,9 +129,6 @@ def importance_sampling(
         >>> bool(((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error).all())
         True
     """
-    num_particles = check_num_particles(num_particles)
-    if not 0 <= defensive < 1:
-        raise ValueError(f"defensive: expected a share of the particles in [0, 1), got {defensive}.")
     portions = Portions(model, guide, args, kwargs, plate, exact_draw, checkpoint)
     sampler = ParticleSampler(model, guide, portions.args, portions.kwargs, plate=plate, parallel=parallel)
     num_prior = round(defensive * num_particles)
@@ -164,6 +163,7 @@ def importance_sampling(
 
 
 @one_thread
+@checked
 @seeded
 def prior_sampling(
     model: Callable,
@@ -217,7 +217,6 @@ def prior_sampling(
         >>> bool((evidence.log_evidence - exact).abs() < 4 * evidence.standard_error)
         True
     """
-    num_particles = check_num_particles(num_particles)
     check_function("model", model)
     if guide is not None and not callable(guide):
         raise TypeError(

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.evidence.arrow import fit_arrow, good_width
 from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.local_weights import ArrowWeights, GuideWeights, chunks
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.evidence.moments import MomentWeights
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import unobserved
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -104,6 +104,7 @@ class LogLikelihood(Tensor):
 
 
 @one_thread
+@checked
 @seeded
 def integrated_log_likelihood(
     model: Callable,
@@ -172,10 +173,6 @@ def integrated_log_likelihood(
         >>> log_p.shape, bool((log_p - exact).abs().max() < 1e-5)
         (torch.Size([3, 2]), True)
     """
-    num_samples = check_num_particles(num_samples, "num_samples")
-    num_particles = check_num_particles(num_particles)
-    if adaptive not in (True, False, "auto"):
-        raise ValueError(f"adaptive: expected True, False or 'auto', got {adaptive!r}.")
     if guide is None:
         if draws is None:
             raise ValueError("guide: expected one that draws the globals, got None. Try draws={site: …}, as of MCMC.")

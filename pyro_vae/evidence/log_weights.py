@@ -15,6 +15,7 @@ from math import log, nan, sqrt
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, check_dense
 from pyro_vae.evidence.pareto import fit_tail, tail_length
 
 __all__ = ["LogWeightSummary", "pareto_khat"]
@@ -40,8 +41,7 @@ class LogWeightSummary:
     """
 
     def __init__(self, num_particles: int, *, smooth: bool = False, correction: str | None = None) -> None:
-        if correction not in (None, "delta", "jackknife"):
-            raise ValueError(f"correction: expected None, 'delta' or 'jackknife', got {correction!r}.")
+        check_choice("correction", correction, (None, "delta", "jackknife"))
         if correction is not None and num_particles < 2:
             raise ValueError(f"correction={correction!r} needs num_particles of at least 2, got {num_particles}.")
         self.num_particles, self.smooth, self.correction = num_particles, smooth, correction
@@ -122,6 +122,12 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
         >>> round(pareto_khat(ratio.log()).item(), 1)
         0.5
     """
+    check_dense("pareto_khat: log_weight", log_weight)
+    if log_weight.dim() != 2 or not len(log_weight):
+        raise ValueError(
+            f"pareto_khat: expected log-weights (K, N), got shape {tuple(log_weight.shape)}. Try x.unsqueeze(1) for "
+            "one data point."
+        )
     summary = LogWeightSummary(len(log_weight))
     summary.update(log_weight)
     return summary.result()[3]

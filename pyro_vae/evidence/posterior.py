@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice, checked
 from pyro_vae.evidence.adaptive import adapted_draws
 from pyro_vae.evidence.annealed import annealed_draws
 from pyro_vae.evidence.density import LatentDensity
@@ -22,7 +23,6 @@ from pyro_vae.evidence.evidence import is_trusted, khat_threshold
 from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.joint_draws import JointDraws
 from pyro_vae.evidence.log_weights import LogWeightSummary
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.handlers import unobserved
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -82,6 +82,7 @@ class PosteriorDraws(dict[str, Tensor]):
 
 
 @one_thread
+@checked
 @seeded
 def draw_posterior(
     model: Callable,
@@ -133,10 +134,7 @@ def draw_posterior(
         >>> draws["z"].shape, draws["z"].std(0).round(decimals=1)
         (torch.Size([2000, 2]), tensor([0.7000, 0.7000]))
     """
-    num_samples = check_num_particles(num_samples, "num_samples")
-    num_particles = check_num_particles(num_particles)
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    check_choice("method", method, METHODS)
     sampler = ParticleSampler(
         *(model, unobserved(model) if method == "prior" else guide, args, kwargs),
         plate=plate,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_count, checked
 from pyro_vae.evidence.adaptive import FIT_TOGETHER
 from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.evidence.guide_gaussian import around_draws, at_globals, gaussian_of, num_draws
@@ -20,7 +21,6 @@ from pyro_vae.evidence.joint import JointDensity
 from pyro_vae.evidence.local_fit import Locals, averaged, better_of, fit_locals, log_weights, split
 from pyro_vae.evidence.refined_guide import RefinedGuide, Refinement
 from pyro_vae.evidence.structured import Arrow
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -35,6 +35,7 @@ GLOBAL_DRAWS = 1000  # of the latents outside of the plate, whose moments stand 
 
 
 @one_thread
+@checked
 @seeded
 def refine(
     model: Callable,
@@ -97,11 +98,7 @@ def refine(
         >>> bool((evidence.effective_sample_size > 49.9).all())
         True
     """
-    num_steps, num_particles = (
-        check_num_particles(value, name) for name, value in (("num_steps", num_steps), ("num_particles", num_particles))
-    )
-    if not isinstance(plate, str):
-        raise ValueError(f"refine: plate: expected the name of the plate of data points, got {plate!r}.")
+    check_count("num_steps", num_steps)
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel, outside=True)
     sampler.layout.check_vectorized("refine")
     check_density(sampler.pair)

@@ -20,6 +20,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.conditional import SMALLEST_SCALE, Conditional
 from pyro_vae.distributions.continuous import ConditionalNormal
 from pyro_vae.distributions.multivariate import ConditionalMultivariateNormal
@@ -45,6 +46,7 @@ class Amortized(RowGuide):
     given_centre: Tensor
     given_spread: Tensor
 
+    @checked
     def __init__(
         self,
         model: Callable,

@@ -18,6 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.guides.chain import Chain
 from pyro_vae.guides.inputs import PlateRows
@@ -136,6 +137,7 @@ class RowGuide(nn.Module):
     # -- what is known of q -------------------------------------------------------------------------------------------
 
     @one_thread
+    @checked
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
         """q(u|x) of the unconstrained latents of each row, of batch shape (N,) and event shape (D,).
 
@@ -157,6 +159,7 @@ class RowGuide(nn.Module):
         return found[0]
 
     @one_thread
+    @checked
     def sample_posterior(
         self, *args: Any, num_samples: int = 1000, seed: int | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -164,6 +167,7 @@ class RowGuide(nn.Module):
         return sample_posterior(self, num_samples, args, kwargs, seed=seed)
 
     @one_thread
+    @checked
     def quantiles(self, levels: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Quantiles of q of each element, {site: (len(levels), N, *inner plates, *event)}.
 
@@ -172,6 +176,7 @@ class RowGuide(nn.Module):
         return quantiles(self, levels, args, kwargs)
 
     @one_thread
+    @checked
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """The median of q of each element, {site: (N, *inner plates, *event)}."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}

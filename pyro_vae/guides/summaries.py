@@ -13,10 +13,9 @@ from torch import Tensor
 from pyro_vae.distributions.gaussians import MultivariateNormal
 from pyro_vae.guides.latents import Latent
 from pyro_vae.guides.sites import acts_on_elements
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.modes import evaluation_mode, fork_random_state
-from pyro_vae.pairs.seeds import seeded
+from pyro_vae.pairs.seeds import seeded, store_as_it_was
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.supports import bijection
 from pyro_vae.particles.sampler import ParticleSampler
@@ -31,7 +30,6 @@ def sample_posterior(
     guide: Any, num_samples: int, args: tuple, kwargs: dict[str, Any], *, seed: int | None = None
 ) -> dict[str, Tensor]:
     """As `RowGuide.sample_posterior`."""
-    num_samples = check_num_particles(num_samples, "num_samples")
     sampler = _sampler(guide, args, kwargs)
     with torch.no_grad(), evaluation_mode(guide):
         return _aligned(sampler, guide, sampler.run(guide, num_samples))
@@ -39,12 +37,16 @@ def sample_posterior(
 
 def quantiles(guide: Any, levels: Sequence[float], args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """As `RowGuide.quantiles`."""
-    level = torch.as_tensor(levels, dtype=torch.float64)
+    try:
+        level = torch.as_tensor(levels, dtype=torch.float64)
+    except (TypeError, ValueError):
+        level = torch.full((), torch.nan)
     if level.dim() != 1 or not ((level > 0) & (level < 1)).all():
         raise ValueError(
             f"quantiles: expected a sequence of levels between 0 and 1, got {levels}. Try [0.05, 0.5, 0.95]."
         )
-    sampler, found = _sampler(guide, args, kwargs), {}
+    with store_as_it_was():
+        sampler, found = _sampler(guide, args, kwargs), {}
     with torch.no_grad(), evaluation_mode(guide), torch.random.fork_rng():
         torch.manual_seed(0)  # the same guide has the same quantiles
         sites = sample_sites(sampler.run(guide, 8))

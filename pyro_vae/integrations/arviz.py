@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
+from pyro_vae.arguments import checked
 from pyro_vae.integrations.arviz_arguments import called_with
 from pyro_vae.integrations.arviz_groups import Dims, Groups
 from pyro_vae.integrations.arviz_mcmc import MCMCRuns
 from pyro_vae.integrations.arviz_sites import find_plate
 from pyro_vae.integrations.arviz_statistics import put_draws, put_statistics
 from pyro_vae.integrations.arviz_svi import Sampled
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.seeds import seeded
@@ -38,6 +38,7 @@ __all__ = ["from_pyro", "from_pyro_svi"]
 
 
 @one_thread
+@checked
 @seeded
 def from_pyro_svi(
     model: Callable,
@@ -125,8 +126,6 @@ def from_pyro_svi(
         >>> tree["posterior"]["z"].dims
         ('chain', 'draw', 'data', 'latent')
     """
-    num_samples = check_num_particles(num_samples, "num_samples")
-    num_particles = check_num_particles(num_particles)
     if plate == "auto":
         plate = find_plate(Pair(model, guide, args, kwargs).look.model)
     outside = plate is not None
@@ -147,6 +146,7 @@ def from_pyro_svi(
 
 
 @one_thread
+@checked
 @seeded
 def from_pyro(
     mcmc: Any,
@@ -212,7 +212,9 @@ def from_pyro(
         ('chain', 'draw', 'data')
     """
     if getattr(mcmc, "_samples", None) is None:
-        raise TypeError(f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}.")
+        raise TypeError(
+            f"from_pyro: expected a pyro.infer.MCMC after run(…), got {type(mcmc).__name__}. Try mcmc.run(x)."
+        )
     samples = mcmc.get_samples(group_by_chain=True)
     groups = Groups(coords, dims, next(iter(samples.values())).shape[0], stack)
     put_statistics(groups, mcmc, samples)

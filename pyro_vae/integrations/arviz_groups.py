@@ -155,7 +155,9 @@ class Groups:
             ("coords", self.coords, {dim for d in datasets.values() for dim in d.dims}),
         ):
             if unknown := given.keys() - known:
-                raise ValueError(f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}.")
+                raise ValueError(
+                    f"{what}: expected names among {sorted(known)}, got {sorted(unknown)}. Try one of these."
+                )
         if arviz.__version__.startswith("0."):  # in 1.x, the name InferenceData stands for DataTree
             return arviz.InferenceData(**datasets)
         return xr.DataTree.from_dict(datasets)
@@ -166,7 +168,9 @@ class Groups:
             steps = {group: _steps(name, variables) for group, variables in found.items()}
             if not any(steps.values()):
                 known = sorted({variable for variables in found.values() for variable in variables})
-                raise ValueError(f"stack[{name!r}]: expected variables {name}_0, {name}_1, …, got only {known}.")
+                raise ValueError(
+                    f"stack[{name!r}]: expected variables {name}_0, {name}_1, …, got only {known}. Try other names."
+                )
             for group, of_group in steps.items():
                 if of_group:
                     parts = {step: found[group].pop(own) for step, own in of_group.items()}
@@ -185,7 +189,7 @@ class Groups:
                 given = None if group.startswith("predictions") and dim == self.rows else self.coords.get(dim)
                 labels = np.asarray(given if given is not None else steps or np.arange(size))
                 if labels.shape != (size,):
-                    raise ValueError(f"coords[{dim!r}]: expected {size} labels, got {labels.shape}.")
+                    raise ValueError(f"coords[{dim!r}]: expected {size} labels, got {labels.shape}. Try as many.")
                 if not np.array_equal(coords.setdefault(dim, labels), labels):
                     raise ValueError(
                         f"dimension {dim!r} of {group}: {name!r} has {size} labels from {labels[0]} to {labels[-1]}, "
@@ -245,7 +249,7 @@ def _names(name: str, ndim: int, batch: Sequence[str | None], given: Sequence[st
     if given and len(given) not in (ndim, event):
         raise ValueError(
             f"dims[{name!r}]: expected {event} names for the event dimensions, or {ndim} for all that follow "
-            f"(chain, draw), got {list(given)}."
+            f"(chain, draw), got {list(given)}. Try a list of as many names."
         )
     names[ndim - len(given) :] = given
     return [f"{n}_plate" if n == name else n for n in names]

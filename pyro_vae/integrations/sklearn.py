@@ -14,6 +14,7 @@ import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted, check_random_state, validate_data
 
+from pyro_vae.arguments import check_count, check_function, check_shape
 from pyro_vae.distributions.continuous import ConditionalNormal, LearnedScale
 from pyro_vae.distributions.multivariate import ConditionalMultivariateNormal
 from pyro_vae.distributions.priors import StandardNormal
@@ -80,7 +81,12 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     @one_thread
     def fit(self, X: Any, y: Any = None) -> VAETransformer:
         """Trains a new VAE on the rows of X, (N, features); y is ignored."""
-        x = self._tensor(X, reset=True)
+        x, where = self._tensor(X, reset=True), "VAETransformer"
+        check_count(f"{where}: n_components", self.n_components)
+        check_count(f"{where}: num_particles", self.num_particles)
+        check_shape(f"{where}: hidden_sizes", self.hidden_sizes, single=False)
+        if self.build is not None:
+            check_function(f"{where}: build", self.build, advice="build=lambda num_features, n_components: VAE(…)")
         seed = int(check_random_state(self.random_state).randint(2**31))
         with torch.random.fork_rng(), pyro.get_param_store().scope():
             torch.manual_seed(seed)

@@ -10,18 +10,22 @@ import torch
 from pyro.poutine.util import is_validation_enabled
 from torch import Size, Tensor
 
-from pyro_vae.distributions.structure import expected_value
+from pyro_vae.arguments import check_count, check_dense
+from pyro_vae.distributions.structure import check_conditional, expected_value
 from pyro_vae.pairs.checks import check_support
 
 __all__ = [
     "check_contexts",
     "check_event",
     "check_likelihood",
+    "check_parts",
     "check_posterior",
+    "check_rows_and_contexts",
     "data_plate",
     "event_dims_of",
     "event_dims_of_rows",
     "in_chunks",
+    "rows_to_generate",
     "value_of",
 ]
 
@@ -30,9 +34,10 @@ ROWS_AT_ONCE = 4096  # rows in one pass of generate, reconstruct and similar
 
 def data_plate(size: int, total: int | None) -> Any:
     """The plate "data" of `size` rows; of `total` rows, `size` of which are here, where `total` is given."""
+    size = check_count("VAE: size", size)
     if total is None:
         return pyro.plate("data", size)
-    if total < size:
+    if check_count("VAE: total", total) < size:
         raise ValueError(
             f"VAE: expected total, the number of rows of all data, to be at least the {size} rows of this batch, got "
             f"{total}. Try total=len(data)."
@@ -43,9 +48,10 @@ def data_plate(size: int, total: int | None) -> Any:
 def event_dims_of_rows(*rows: Tensor) -> list[int]:
     """The number of event dimensions of each tensor of rows, (N, *event)."""
     for x in rows:
-        if not isinstance(x, Tensor) or not x.dim():
+        if not isinstance(x, Tensor) or not (x.is_nested or x.dim()):
             got = f"a single number, {x}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"VAE: expected tensors of rows, (N, *event), got {got}. Try torch.as_tensor(x).float().")
+        check_dense("VAE", x)
     return [x.dim() - 1 for x in rows]
 
 
@@ -53,8 +59,10 @@ def event_dims_of(likelihood: Any, x: Tensor, *context: Tensor) -> list[int]:
     """The number of event dimensions of x and contexts in any plates, (*plates, *event): from the likelihood's event
     shape where it tells it, else as for `event_dims_of_rows`."""
     shape = getattr(likelihood, "event_shape", None)
-    if shape is None or not isinstance(x, Tensor) or x.dim() < len(shape):
+    if shape is None or not isinstance(x, Tensor) or x.is_nested or x.dim() < len(shape):
         return event_dims_of_rows(x, *context)
+    for tensor in (x, *context):
+        check_dense("VAE", tensor)
     plates = x.dim() - len(shape)
     for c in context:
         if c.dim() < plates:
@@ -74,6 +82,26 @@ def check_contexts(where: str, size: int, *context: Tensor) -> None:
                 f"{where}: expected context with one row for each of the {size} rows, got {len(c)} rows. Try "
                 f"c[:{size}], or c.expand({size}, …) for one context for all rows."
             )
+
+
+def check_rows_and_contexts(where: str, x: Tensor, *context: Tensor) -> None:
+    event_dims_of_rows(x)
+    check_contexts(where, len(x), *context)
+
+
+def rows_to_generate(size: Any, context: tuple[Tensor, ...]) -> int:
+    if isinstance(size, Tensor) and size.dim():
+        raise TypeError("generate: expected an int or None as size, got Tensor. Try generate(None, c).")
+    return check_count("generate: size", size) if size is not None else len(context[0]) if context else 1
+
+
+def check_parts(prior: Any, likelihood: Any, posterior: Any) -> tuple[Any, Any, Any]:
+    """What a VAE is made of, if each part may be a conditional distribution."""
+    return (
+        check_conditional("VAE: prior", prior),
+        check_conditional("VAE: likelihood", likelihood),
+        check_conditional("VAE: posterior", posterior),
+    )
 
 
 def check_event(role: str, distribution: Any, expected: Size, of: str) -> None:
@@ -102,7 +130,7 @@ def value_of(distribution: Any, mean: bool) -> Tensor:
 def in_chunks(rows: Callable[[int, int], Tensor], size: int, draws: int = 1) -> Tensor:
     """rows(start, stop) for all of `size` rows, of which each gives `draws`."""
     if size < 1:
-        raise ValueError(f"expected at least one row of data, or one to generate, got {size}.")
+        raise ValueError(f"expected at least one row of data, or one to generate, got {size}. Try x[:1].")
     at_once = max(1, ROWS_AT_ONCE // draws)
     return torch.cat([rows(i, min(i + at_once, size)) for i in range(0, size, at_once)])
 

@@ -8,6 +8,8 @@ of a larger model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -16,12 +18,13 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
+from pyro_vae.arguments import check_dense, check_name
 from pyro_vae.distributions.structure import condition
-from pyro_vae.models.inputs import check_event, check_likelihood, check_posterior
+from pyro_vae.models.inputs import check_event, check_likelihood, check_posterior, event_dims_of_rows
 from pyro_vae.models.registration import Declared, declare
 from pyro_vae.pairs.names import store_name
 
-__all__ = ["declared", "latent_shape", "model_sites", "posterior_of"]
+__all__ = ["declared", "explained", "latent_shape", "likelihood_at", "model_sites", "posterior_of"]
 
 
 def model_sites(
@@ -33,6 +36,7 @@ def model_sites(
     prefix: str = "",
 ) -> tuple[Tensor, Tensor]:
     """z ~ prior, x ~ p(x|z, c) in the plates that are open: (z, x). `dims`: event dimensions of x and contexts."""
+    check_name("sample_model: prefix", prefix)
     if prior is None:
         p_z = declared(vae, "prior")()
     elif isinstance(prior, nn.Module) or not hasattr(prior, "event_shape"):
@@ -54,17 +58,33 @@ def model_sites(
 
 def posterior_of(vae: Any, x: Tensor, context: tuple[Tensor, ...], dims: list[int]) -> Any:
     """q(z|x, c), checked; `dims` are the event dimensions of x and the contexts."""
-    try:
+    with explained(x):
         q_z = declared(vae, "posterior")(x, *context, event_dims=dims)
-    except ValueError as error:
-        if not x.isnan().any():
-            raise
-        raise ValueError(
-            "posterior: its network cannot take rows with missing values (NaN). Try MaskedInput(network), with "
-            "a network for inputs of twice the width, which sees which elements are missing."
-        ) from error
     check_posterior(q_z, latent_shape(vae), x.shape[: x.dim() - dims[0]])
     return q_z
+
+
+def likelihood_at(vae: Any, likelihood: Any, z: Tensor, context: tuple[Tensor, ...]) -> Any:
+    """p(x|z, c) for z of any batch shape."""
+    check_dense("VAE", z)
+    with explained(z, "likelihood"):
+        return likelihood(z, *context, event_dims=[len(latent_shape(vae)), *event_dims_of_rows(*context)])
+
+
+@contextmanager
+def explained(x: Tensor, role: str = "posterior") -> Iterator[None]:
+    """Says of an error in q(z|x), or p(x|z), that it is due to rows which are not finite, where there are such."""
+    try:
+        yield
+    except ValueError as error:
+        if x.isfinite().all():
+            raise
+        if not x.isnan().any():
+            raise ValueError(f"{role}: expected finite rows, got infinite ones. Try to drop or scale them.") from error
+        raise ValueError(
+            f"{role}: expected complete rows, got NaN: its network cannot take rows with missing values (NaN). Try "
+            "MaskedInput(network), with a network for inputs of twice the width, which sees which elements are missing."
+        ) from error
 
 
 def latent_shape(vae: Any) -> Size:

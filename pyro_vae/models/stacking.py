@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.structure import Broadcasting, condition, expected_value
 from pyro_vae.models.vae import VAE
 from pyro_vae.pairs.threads import one_thread
@@ -24,6 +25,7 @@ __all__ = ["fit_layers", "stack"]
 
 
 @one_thread
+@checked
 def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any) -> list[FitResult]:
     """Trains the layers greedily, each on the codes E_q[z|x] of the layer before.
 
@@ -52,7 +54,7 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
     """
     _check_layers(layers, "fit_layers")
     given = {"data": data, "validation_data": options.pop("validation_data", None)}
-    rows: dict[str, Any] = {name: _rows(x, name) for name, x in given.items() if x is not None}
+    rows: dict[str, Any] = {n: _rows(x, n) for n, x in given.items() if n == "data" or x is not None}
     checkpoint = options.pop("checkpoint", None)
     results = []
     for i, layer in enumerate(layers, start=1):
@@ -67,6 +69,7 @@ def fit_layers(layers: Sequence[VAE], data: Tensor | np.ndarray, **options: Any)
     return results
 
 
+@checked
 def stack(layers: Sequence[VAE], *, name: str = "stack") -> VAE:
     """Combines the layers into one VAE of the data and the last layer's latent variable. It shares their weights.
 
@@ -120,14 +123,16 @@ class _NoModule(nn.Module):
 def _check_layers(layers: Any, where: str) -> None:
     if isinstance(layers, nn.Module):
         raise TypeError(f"{where}: expected a list of VAEs, got one {type(layers).__name__}. Try [layer].")
+    if not isinstance(layers, (list, tuple)) or not all(isinstance(layer, VAE) for layer in layers):
+        raise TypeError(f"{where}: expected a list of VAEs, got {layers!r}. Try [VAE(…), VAE(…)].")
     if not layers:
         raise ValueError(f"{where}: expected at least one layer, got none. Try [VAE(…), VAE(…)].")
 
 
 def _rows(x: Any, name: str) -> Tensor:
     """The data as one tensor, which can be encoded."""
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(np.array(x))
+    if isinstance(x, np.ndarray) and x.dtype.kind in "fiub":
+        x = torch.from_numpy(np.array(x, x.dtype.newbyteorder("=")))
         x = x.to(torch.get_default_dtype()) if x.is_floating_point() else x
     if not isinstance(x, Tensor):
         raise TypeError(

@@ -18,19 +18,23 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor, nn
 
+from pyro_vae.arguments import check_count, check_name, checked
 from pyro_vae.distributions.structure import picklable_state
 from pyro_vae.models.inputs import (
     ROWS_AT_ONCE,
     check_contexts,
+    check_parts,
     check_posterior,
+    check_rows_and_contexts,
     data_plate,
     event_dims_of,
     event_dims_of_rows,
     in_chunks,
+    rows_to_generate,
     value_of,
 )
 from pyro_vae.models.registration import Declared, random_attributes
-from pyro_vae.models.sites import declared, latent_shape, model_sites, posterior_of
+from pyro_vae.models.sites import declared, explained, latent_shape, likelihood_at, model_sites, posterior_of
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -84,9 +88,10 @@ class VAE(nn.Module):
         >>> loss = svi.step(torch.zeros(5, 8, 8), total=100)  # a mini-batch of 5 of 100 rows
     """
 
+    @checked
     def __init__(self, prior: Any, likelihood: Any, posterior: Any, *, name: str = "vae") -> None:
         super().__init__()
-        self.prior, self.likelihood, self.posterior = prior, likelihood, posterior
+        self.prior, self.likelihood, self.posterior = check_parts(prior, likelihood, posterior)
         self.name = name
         self._registered = name  # the name in the parameter store
         self._shape_of: tuple[Any, Size] | None = None
@@ -109,11 +114,11 @@ class VAE(nn.Module):
         Returns:
             x, (N, *event).
         """
+        dims = event_dims_of_rows(*context) if x is None else event_dims_of_rows(x, *context)
         rows = x if x is not None else context[0] if context else None
         if size is None:
             size = 1 if rows is None else len(rows)
         check_contexts("model", size, *context)
-        dims = event_dims_of_rows(*context) if x is None else event_dims_of_rows(x, *context)
         with data_plate(size, total):
             return model_sites(self, x, context, dims)[1]
 
@@ -172,7 +177,7 @@ class VAE(nn.Module):
         Returns:
             z, (*plates, *event).
         """
-        return pyro.sample(f"{prefix}z", self.posterior_given(x, *context))
+        return pyro.sample(f"{check_name('sample_guide: prefix', prefix)}z", self.posterior_given(x, *context))
 
     def likelihood_given(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger model.
@@ -184,9 +189,7 @@ class VAE(nn.Module):
         Returns:
             A distribution with batch shape (*batch,).
         """
-        return declared(self, "likelihood")(
-            z, *context, event_dims=[len(latent_shape(self)), *event_dims_of_rows(*context)]
-        )
+        return likelihood_at(self, declared(self, "likelihood"), z, context)
 
     def posterior_given(self, x: Tensor, *context: Tensor) -> TorchDistribution:
         """q(z|x, c) with gradients, and with its weights registered, for a `pyro.sample` statement of a larger guide.
@@ -252,7 +255,8 @@ class VAE(nn.Module):
         with evaluation_mode():
             dims = event_dims_of_rows(x, *context)
             check_contexts("encode", len(x), *context)
-            q_z = Declared(self.posterior, "posterior")(x, *context, event_dims=dims)
+            with explained(x):
+                q_z = Declared(self.posterior, "posterior")(x, *context, event_dims=dims)
             check_posterior(q_z, latent_shape(self), x.shape[:1])
             return q_z if q_z.batch_shape == x.shape[:1] else q_z.expand(x.shape[:1])
 
@@ -261,10 +265,10 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, *context: Tensor) -> TorchDistribution:
         """p(x|z, c): a distribution with batch shape (*batch,), for z of shape (*batch, *event)."""
         with evaluation_mode():
-            dims = [len(latent_shape(self)), *event_dims_of_rows(*context)]
-            return Declared(self.likelihood, "likelihood")(z, *context, event_dims=dims)
+            return likelihood_at(self, Declared(self.likelihood, "likelihood"), z, context)
 
     @one_thread
+    @checked
     @seeded
     def generate(
         self, size: int | None = None, *context: Tensor, mean: bool = False, seed: int | None = None
@@ -280,11 +284,7 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        if size is not None and not isinstance(size, int):
-            raise TypeError(
-                f"generate: expected an int or None as size, got {type(size).__name__}. Try generate(None, c)."
-            )
-        size = size if size is not None else len(context[0]) if context else 1
+        size = rows_to_generate(size, context)
         check_contexts("generate", size, *context)
 
         def rows(start: int, stop: int) -> Tensor:
@@ -295,6 +295,7 @@ class VAE(nn.Module):
         return in_chunks(rows, size)
 
     @one_thread
+    @checked
     @seeded
     def reconstruct(self, x: Tensor, *context: Tensor, mean: bool = False, seed: int | None = None) -> Tensor:
         """Encodes x and decodes it again: z ~ q(z|x, c), x' ~ p(x|z, c).
@@ -309,7 +310,7 @@ class VAE(nn.Module):
         Returns:
             (N, *event).
         """
-        check_contexts("reconstruct", len(x), *context)
+        check_rows_and_contexts("reconstruct", x, *context)
 
         def rows(start: int, stop: int) -> Tensor:
             c = [c[start:stop] for c in context]
@@ -319,6 +320,7 @@ class VAE(nn.Module):
         return in_chunks(rows, len(x))
 
     @one_thread
+    @checked
     @seeded
     def similar(self, x: Tensor, *context: Tensor, size: int, mean: bool = False, seed: int | None = None) -> Tensor:
         """Generates data like x: it draws z_1, …, z_size ~ q(z|x, c) for each row, and x' ~ p(x|z_s, c) for each z_s.
@@ -333,9 +335,8 @@ class VAE(nn.Module):
         Returns:
             (size, N, *event).
         """
-        if size < 1:
-            raise ValueError(f"similar: expected at least one draw for each row, got size={size}.")
-        check_contexts("similar", len(x), *context)
+        size = check_count("similar: size", size)
+        check_rows_and_contexts("similar", x, *context)
         draws = [min(ROWS_AT_ONCE, size - i) for i in range(0, size, ROWS_AT_ONCE)]
 
         def rows(start: int, stop: int) -> Tensor:

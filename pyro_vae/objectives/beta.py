@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae.arguments import checked
 from pyro_vae.objectives.schedules import Schedule, value_at
 from pyro_vae.pairs.sites import plate_frames, sample_sites
 from pyro_vae.pairs.threads import one_thread
@@ -67,6 +68,7 @@ class BetaELBO(TraceMeanField_ELBO):
         [0.0, 5.0, 20.0]
     """
 
+    @checked
     def __init__(
         self,
         beta: float | Schedule,

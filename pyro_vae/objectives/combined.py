@@ -58,9 +58,16 @@ class CombinedELBO(ELBO):
 
     def __init__(self, parts: Sequence[tuple[ELBO, float | Schedule]]) -> None:
         super().__init__()
+        if not isinstance(parts, (list, tuple)):
+            raise TypeError(
+                f"CombinedELBO: expected pairs of an objective and its weight, got {parts!r}. Try "
+                "CombinedELBO([(Trace_ELBO(), 1.0), (ForwardKL(), 0.5)])."
+            )
         parts = [_checked(part) for part in parts]
         if not parts:
-            raise ValueError("CombinedELBO: expected pairs of an objective and its weight, got none.")
+            raise ValueError(
+                "CombinedELBO: expected pairs of an objective and its weight, got none. Try [(Trace_ELBO(), 1.0)]."
+            )
         self.elbos = [elbo for elbo, _ in parts]
         self._schedules = [schedule for _, schedule in parts]
         # tensors, so that a compiled loss has them as inputs

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
 import torch
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
+from pyro_vae.arguments import check_number, checked
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["DenoisingELBO", "gaussian_noise", "masking_noise", "salt_and_pepper_noise"]
@@ -50,6 +50,7 @@ class DenoisingELBO(ELBO):
         >>> result = fit(vae.model, vae.guide, x, num_epochs=2, loss=DenoisingELBO(masking_noise(0.3)), seed=0)
     """
 
+    @checked
     def __init__(self, corruption: Corruption, elbo: ELBO | None = None) -> None:
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.corruption = corruption
@@ -62,7 +63,7 @@ class DenoisingELBO(ELBO):
 
     @corruption.setter
     def corruption(self, corruption: Corruption) -> None:
-        if not callable(corruption):
+        if not callable(corruption) or isinstance(corruption, Tensor):
             raise TypeError(
                 f"DenoisingELBO: expected a function Tensor → Tensor as corruption, got {corruption!r}. Try "
                 "gaussian_noise(0.5), or elbo.corruption.scale = 0.5 for a new strength."
@@ -120,7 +121,7 @@ class _Noise:
         self._fill(strength)
 
     def _fill(self, strength: float) -> None:
-        self._check(float(strength))
+        self._check(strength)
         self._strength.fill_(float(strength))
 
     def _check(self, strength: float) -> None:
@@ -129,8 +130,7 @@ class _Noise:
 
 class _Gaussian(_Noise):
     def _check(self, strength: float) -> None:
-        if not 0 <= strength < inf:
-            raise ValueError(f"gaussian_noise: expected a finite scale >= 0, got {strength}.")
+        check_number("gaussian_noise", strength, low=0.0, ends="[)", what="a finite scale >= 0")
 
     @property
     def scale(self) -> float:
@@ -149,8 +149,7 @@ class _Elementwise(_Noise):
     name = ""
 
     def _check(self, strength: float) -> None:
-        if not 0 <= strength <= 1:
-            raise ValueError(f"{self.name}: expected a probability, got {strength}. Try a number from 0 to 1.")
+        check_number(f"{self.name}: probability", strength, low=0.0, high=1.0, ends="[]", what="a probability")
 
     @property
     def probability(self) -> float:
@@ -196,6 +195,7 @@ def gaussian_noise(scale: float) -> Corruption:
     return _Gaussian(scale)
 
 
+@checked
 def masking_noise(probability: float, value: float = 0.0) -> Corruption:
     """Sets each element to `value` with this probability. Its attribute `probability` may be set later.
 
@@ -203,9 +203,10 @@ def masking_noise(probability: float, value: float = 0.0) -> Corruption:
         >>> masking_noise(0.3)(torch.ones(10000)).mean().round(decimals=1)
         tensor(0.7000)
     """
-    return _Masking(probability, value)
+    return _Masking(probability, check_number("masking_noise: value", value))
 
 
+@checked
 def salt_and_pepper_noise(probability: float, values: tuple[float, float] = (0.0, 1.0)) -> Corruption:
     """Sets each element with this probability to one of two values, which are equally likely. Its attribute
     `probability` may be set later.

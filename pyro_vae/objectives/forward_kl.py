@@ -18,8 +18,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.objectives.simulator import Simulator
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.threads import one_thread
 
 __all__ = ["ForwardKL"]
@@ -68,8 +68,9 @@ class ForwardKL(ELBO):
         (1.1, 1.1)
     """
 
+    @checked
     def __init__(self, num_particles: int = 1, *, plate: str | None = "data") -> None:
-        super().__init__(num_particles=check_num_particles(num_particles))
+        super().__init__(num_particles=num_particles)
         self.plate = plate
         self._simulators: dict[tuple, Simulator] = {}  # of the last pair, by the kinds of its arguments
 

@@ -23,7 +23,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.arguments import checked
 from pyro_vae.pairs.modes import is_recording
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites, site_log_prob
@@ -69,8 +69,9 @@ class ImportanceWeightedELBO(ELBO):
         12.655
     """
 
+    @checked
     def __init__(self, num_particles: int, *, plate: str = "data", doubly_reparameterized: bool = False) -> None:
-        super().__init__(num_particles=check_num_particles(num_particles), vectorize_particles=True)
+        super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.plate, self.doubly_reparameterized = plate, doubly_reparameterized
         self._pair: Pair | None = None  # the last pair that was looked at
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae import arguments
 from pyro_vae.distributions.protocol import complete, ignores_missing
 from pyro_vae.pairs.look import Look
 from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sites
@@ -17,8 +18,8 @@ from pyro_vae.pairs.sites import enumerates, is_inside, plate_frames, sample_sit
 __all__ = [
     "check_function",
     "check_latents",
-    "check_num_particles",
     "check_plate",
+    "check_roles",
     "check_rows",
     "check_sites",
     "check_support",
@@ -41,15 +42,16 @@ def check_rows(data: Any, *, start: int = 0, incomplete: Iterable[Tensor] = ()) 
             if bad.any():
                 raise ValueError(
                     f"argument {i}: {int(bad.sum())} of {len(x)} rows are {'' if may_miss else 'NaN or '}infinite, the "
-                    f"first at row {start + int(bad.nonzero()[0])}. Try x[torch.isfinite(x).flatten(1).all(1)], or to "
-                    "fill them in; for missing values, ObservedPart(likelihood) and MaskedInput(network)."
+                    f"first at row {start + int(bad.nonzero()[0])}: expected finite numbers, got others. Try "
+                    "x[torch.isfinite(x).flatten(1).all(1)], or to fill them in; for missing values, "
+                    "ObservedPart(likelihood) and MaskedInput(network)."
                 )
 
 
 def check_support(name: str, site: dict, start: int = 0) -> None:
     """Raises ValueError if the observed value of a trace's site lies outside the support of its distribution."""
     fn, value = site["fn"], site["value"]
-    if site["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+    if site["mask"] is not None or not value.numel() or isinstance(fn, dist.MaskedDistribution):
         return
     try:
         inside = fn.support.check(value)
@@ -72,18 +74,43 @@ def check_support(name: str, site: dict, start: int = 0) -> None:
     outside = outside[~outside.isnan()] if ignores_missing(fn) else outside
     raise ValueError(
         f"site {name!r}: {int(bad.sum())} of {bad.numel()} rows lie outside the support of {family} ({base.support}), "
-        f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}. "
-        + advice
+        f"the first at row {start + row}, with values from {float(outside.min()):.4g} to {float(outside.max()):.4g}: "
+        f"expected values in the support, got others. {advice}"
     )
 
 
 def check_function(role: str, function: Any) -> None:
-    """Raises TypeError for a model or guide that cannot be called."""
-    if not callable(function) or isinstance(function, Tensor):
-        raise TypeError(
-            f"{role}: expected a function, got {type(function).__name__}. Try tool(model, guide, x), with "
-            "vae.model and vae.guide of a VAE."
+    """Raises TypeError for a model or guide that cannot be run."""
+    arguments.check_function(role, function, advice="tool(model, guide, x), with vae.model and vae.guide of a VAE")
+
+
+def check_roles(model: Callable, guide: Callable, look: Look, *, observes: bool = False) -> None:
+    """Raises ValueError for a model and a guide in each other's place.
+
+    Args:
+        model: the model.
+        guide: its guide.
+        look: at both.
+        observes: whether the model has to observe something.
+    """
+    sites = map(sample_sites, (look.model, look.guide))
+    observed, given = ({name for name, site in found.items() if site["is_observed"]} for found in sites)
+    if not observed and (observes or given or model == guide):
+        swapped = f", while the guide observes {sorted(given)}" if given else ""
+        raise ValueError(
+            f"model: expected a site with obs=…, got {_named(model)}: the model observes no site{swapped}; there is no "
+            "x to have a density. Try pyro.sample(…, obs=x), and look at the order of the arguments, (model, guide, x)."
         )
+    if model == guide:  # a guide may run the model, as Pyro's AutoMessengers do, and observe what it observes
+        raise ValueError(
+            f"guide: expected draws of the latents given the data, got {_named(guide)}, which observes all that the "
+            f"model observes, {sorted(observed)}: log p − log q would hold nothing of the data. Try a guide that has "
+            "pyro.sample(…) of the latents only, without obs."
+        )
+
+
+def _named(function: Callable) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def check_plate(look: Look, plate: str | None) -> None:
@@ -94,7 +121,8 @@ def check_plate(look: Look, plate: str | None) -> None:
     found = ", ".join(f"{name!r} ({size})" for name, size in plates.items())
     advice = "plate=… with one of these names" if found else f"with pyro.plate({plate!r}, len(x))"
     raise ValueError(
-        f"no plate {plate!r} in model and guide (their plates: {found or 'none'}); the evidence of each "
+        f"plate: expected one around each data point, got no plate {plate!r} in model and guide (their plates: "
+        f"{found or 'none'}); the evidence of each "
         f"data point needs one around all that belongs to a point. Try {advice}, or plate=None for the joint "
         "evidence of all data."
     )
@@ -167,11 +195,3 @@ def check_latents(drawn: dict[str, dict], latents: Collection[str]) -> None:
             "the same name, or marked by pyro.infer.config_enumerate(model) to be summed out. Try "
             "pyro.render_model on both to see them."
         )
-
-
-def check_num_particles(num_particles: int, name: str = "num_particles") -> int:
-    if not num_particles >= 1:
-        raise ValueError(f"{name}: expected at least 1, got {num_particles}.")
-    if num_particles != int(num_particles):
-        raise ValueError(f"{name}: expected a whole number, got {num_particles}.")
-    return int(num_particles)

@@ -15,8 +15,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.arguments import refuse_unusual
 from pyro_vae.pairs.arrays import as_tensor, device_of, each, unless_on_disk
-from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_sites
+from pyro_vae.pairs.checks import check_function, check_latents, check_plate, check_roles, check_sites
 from pyro_vae.pairs.layout import Layout
 from pyro_vae.pairs.look import Look, look
 from pyro_vae.pairs.parameters import Participants, participants
@@ -85,7 +86,12 @@ class Pair:
         self.model, self.guide, self.plate = model, guide, plate
         self._device = device_of(model, guide, args, kwargs or {})
         self._args, self._kwargs = each(unless_on_disk, args, kwargs or {}, self._device)
-        self.look, self.rows = self._find(cut)
+        try:
+            self.look, self.rows = self._find(cut)
+        except Exception as error:
+            self._refuse(error)
+            raise
+        self._check_log_probs()
         self.sites = find_sites(self.look.guide, self.look.model)
         drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
@@ -105,6 +111,20 @@ class Pair:
         """Where data points are among a tensor's dimensions, of a pair that is all inside the plate of these."""
         return self.find_layout()
 
+    def _refuse(self, error: Exception) -> None:
+        for i, x in (*enumerate(self.args), *self.kwargs.items()):
+            refuse_unusual(f"argument {i!r}", x, error)
+
+    def _check_log_probs(self) -> None:
+        for name, log_prob in (item for found in self.look.log_probs for item in found.items()):
+            if log_prob is None:
+                self._refuse(RuntimeError(f"there is no log-probability of site {name!r}"))
+            elif log_prob.is_complex():
+                raise TypeError(
+                    f"site {name!r}: expected real values, got a log-probability of {log_prob.dtype}. Try "
+                    "torch.view_as_real(x)."
+                )
+
     def find_layout(self, outside: str = "") -> Layout:
         """Where data points are among a tensor's dimensions, of a pair whose draws can be weighed for each of them.
 
@@ -116,6 +136,7 @@ class Pair:
                 subsamples where `plate` is None.
         """
         check_plate(self.look, self.plate)
+        check_roles(self.model, self.guide, self.look)
         check_sites(self.look, self.plate, outside=outside)
         layout = Layout(self.look, self.plate, self.rows)
         check_latents(self._latents(self.look.guide), self.latents - self.summed)
@@ -203,7 +224,7 @@ class Pair:
             return False  # they are given, not drawn
         first, last = (found.log_probs[1] for found in looks)
         both = [(first[name], last[name]) for name in first.keys() & last.keys()]
-        if any(a is not None and b is not None and not torch.equal(a, b) for a, b in both):
+        if any(a is not None and b is not None and not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in both):
             return True
         # nobody uses them, or the rows are all the same: what is as long as a pass is taken for its rows
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from hashlib import blake2b
-from numbers import Integral
 from typing import ParamSpec, TypeVar
 
 import pyro
 
+from pyro_vae.arguments import check_seed
 from pyro_vae.pairs.modes import fork_random_state
 
-__all__ = ["from_seed", "seeded"]
+__all__ = ["from_seed", "seeded", "store_as_it_was"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +34,8 @@ def from_seed(*parts: int | bytes) -> Iterator[None]:
 
 
 def seeded(function: Callable[P, R]) -> Callable[P, R]:
-    """A function whose keyword argument `seed`, where it is not None, decides its draws and disturbs no others.
+    """A function whose keyword argument `seed`, where it is not None, decides its draws and disturbs no others. A call
+    that raises leaves no parameters in Pyro's store that were not there before.
 
     The generators of torch, NumPy and Python are seeded for the call, and afterwards are where they were before it.
 
@@ -54,11 +55,24 @@ def seeded(function: Callable[P, R]) -> Callable[P, R]:
     def with_seed(*args: P.args, **kwargs: P.kwargs) -> R:
         seed = kwargs.get("seed")
         if seed is None:
-            return function(*args, **kwargs)
-        if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**32:
-            raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1, or None, got {seed!r}.")
-        with fork_random_state():
-            pyro.set_rng_seed(int(seed))
+            with store_as_it_was():
+                return function(*args, **kwargs)
+        seed = check_seed("seed", seed)
+        with fork_random_state(), store_as_it_was():
+            pyro.set_rng_seed(seed)
             return function(*args, **kwargs)
 
     return with_seed
+
+
+@contextmanager
+def store_as_it_was() -> Iterator[None]:
+    """Where something is raised, takes away the parameters that runs have put into Pyro's store until then."""
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    try:
+        yield
+    except BaseException:
+        for name in set(store.keys()) - before:
+            del store[name]
+        raise

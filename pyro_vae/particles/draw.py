@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pyro_vae.pairs.checks import check_num_particles
+from pyro_vae.arguments import checked
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.threads import one_thread
@@ -17,6 +17,7 @@ __all__ = ["draw_particles"]
 
 
 @one_thread
+@checked
 @seeded
 def draw_particles(
     model: Callable,
@@ -69,4 +70,4 @@ def draw_particles(
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     check_density(sampler.pair)
     with evaluation_mode(model, guide):
-        return sampler.draw(check_num_particles(num_particles))
+        return sampler.draw(num_particles)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.distributions.protocol import ignores_missing
-from pyro_vae.pairs.checks import check_num_particles
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.sites import sample_sites
@@ -30,6 +30,7 @@ __all__ = ["impute"]
 
 
 @one_thread
+@checked
 @seeded
 def impute(
     model: Callable,
@@ -79,9 +80,6 @@ def impute(
         >>> complete.shape, complete.isnan().any().item(), complete[:, 0, 0]
         (torch.Size([4, 2, 3]), False, tensor([0.5000, 0.5000, 0.5000, 0.5000]))
     """
-    check_num_particles(num_particles)
-    if num_draws < 1:
-        raise ValueError(f"num_draws: expected at least 1, got {num_draws}.")
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
     if num_particles > 1:  # one draw of a point needs no weight
         check_density(sampler.pair)

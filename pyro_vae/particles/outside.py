@@ -88,7 +88,10 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
             outside of the support of their prior.
     """
     if missing := sorted(sites.keys() - draws.keys()):
-        raise ValueError(f"draws: expected draws of the sites {sorted(sites)}, missing {missing}.")
+        raise ValueError(
+            f"draws: expected draws of the sites {sorted(sites)}, missing {missing}, got {sorted(draws)}. Try draws of "
+            "all of them, as mcmc.get_samples() or draw_posterior(…) give."
+        )
     found = {}
     for name, (site, shape) in sites.items():
         value = torch.as_tensor(draws[name]).to(site["value"])
@@ -102,10 +105,14 @@ def checked_draws(draws: Mapping[str, Any], sites: Mapping[str, tuple[dict, tupl
         except (RuntimeError, ValueError):  # a support that depends on other draws
             inside = None
         if (value.is_floating_point() and not torch.isfinite(value).all()) or (inside is not None and not inside.all()):
-            raise ValueError(f"draws[{name!r}]: expected values inside of the support of its prior, got some outside.")
+            raise ValueError(
+                f"draws[{name!r}]: expected values inside of the support of its prior, got some outside. Try others."
+            )
         found[name] = value
     if len({len(value) for value in found.values()}) > 1:
-        raise ValueError(f"draws: expected as many of each site, got { {n: len(v) for n, v in found.items()} }.")
+        raise ValueError(
+            f"draws: expected as many of each site, got { {n: len(v) for n, v in found.items()} }. Try v[:100]."
+        )
     return found
 
 

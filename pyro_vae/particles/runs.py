@@ -47,8 +47,6 @@ class Runs:
     """
 
     def __init__(self, pair: Pair, layout: Layout, parallel: bool | str, *, computed: bool = False) -> None:
-        if parallel not in (True, False, "auto"):
-            raise ValueError(f"parallel: expected True, False or 'auto', got {parallel!r}.")
         self.pair, self.layout, self.serial = pair, layout, parallel is False
         if parallel is not False:
             try:

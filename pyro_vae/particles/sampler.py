@@ -119,8 +119,6 @@ class ParticleSampler:
             together: how many particles of a row should pass at once; default: all K, so that rows come one after the
                 other where K is large. Work that is done once for each row is done faster for many.
         """
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
         together = max(1, num_particles if together is None else min(together, num_particles))
         cells = max(1, int(self.cells / tensors) if chunk_size is None else chunk_size)
         rows = self.rows.fixed or self.num_points

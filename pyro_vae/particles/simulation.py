@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_vae.arguments import checked
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
 from pyro_vae.pairs.simulated import check_generates, observed_arguments, with_simulated
@@ -35,6 +36,7 @@ class Simulation:
 
 
 @one_thread
+@checked
 @seeded
 def simulate(
     model: Callable,

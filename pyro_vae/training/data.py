@@ -71,7 +71,7 @@ class Batches:
             self.columns.append(self._column(key, column, several))
         sizes = [len(c) for c in self.columns]
         if not sizes or min(sizes) == 0:
-            raise ValueError(f"{name} is empty: expected at least one row, got {sizes} rows.")
+            raise ValueError(f"{name} is empty: expected at least one row, got {sizes} rows. Try a tensor of rows.")
         if len(set(sizes)) > 1:
             of = "the dict" if isinstance(data, dict) else "the tuple"
             raise ValueError(

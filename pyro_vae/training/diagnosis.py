@@ -15,12 +15,13 @@ from torch.distributions import Independent, StudentT
 
 from pyro_vae.distributions.protocol import complete, ignores_missing
 from pyro_vae.objectives.protocol import annealed
+from pyro_vae.pairs.checks import check_roles
 from pyro_vae.pairs.look import look
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import sample_sites
 from pyro_vae.pairs.untouched import Untouched
 from pyro_vae.training.data import Batch, Batches
-from pyro_vae.training.plates import warn_of_globals
+from pyro_vae.training.plates import check_named, warn_of_globals
 from pyro_vae.training.rows import check_parameters_of_rows
 
 __all__ = ["check_data", "diagnosis", "look_at", "try_out", "warn_of_collapse", "warn_of_objective"]
@@ -33,6 +34,8 @@ def look_at(model: Callable, guide: Callable, batches: Batches, validation: Batc
     with Untouched(model, guide) as untouched:
         try:
             pair = Pair(model, guide, batch.args, batch.kwargs, plate=plate, cut=False)
+            check_roles(model, guide, pair.look, observes=True)
+            check_named(pair)
             _ = pair.participants
         except Exception as error:
             batches.explain(error)

@@ -22,8 +22,9 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_vae.arguments import checked
 from pyro_vae.compiled.elbo import CompiledELBO
-from pyro_vae.compiled.policy import TRAINING, backend_for, check_compile
+from pyro_vae.compiled.policy import TRAINING, backend_for
 from pyro_vae.pairs.modes import evaluation_mode, owners
 from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.threads import one_thread
@@ -41,6 +42,7 @@ __all__ = ["FitResult", "fit"]
 
 
 @one_thread
+@checked
 def fit(
     model: Callable,
     guide: Callable,
@@ -135,7 +137,7 @@ def fit(
         >>> result
         FitResult(5 epochs, 5 steps, last loss ...)
     """
-    _check_arguments(num_epochs, batch_size, loss, clip_norm, patience, validation_data, compile)
+    _check_patience(patience, validation_data)
     group = ranks()
     with _seeded(seed):
         batches = Batches(data, batch_size, ranks=group)
@@ -150,11 +152,11 @@ def fit(
         optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
         steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
         rates = [float(group["lr"]) if "lr" in group else None for group in optim.param_groups]
-        schedule = None if scheduler is None else scheduler(optim)
+        schedule = None if scheduler is None else _make_scheduler(scheduler, optim)
         arguments = {
             "rows": batches.num_rows,
-            "batch_size": int(batch_size) if batches.loader is None else batches.given.batch_size,
-            "seed": None if seed is None else int(seed),
+            "batch_size": batch_size if batches.loader is None else batches.given.batch_size,
+            "seed": seed,
             "learning_rate": rates[0] if len(rates) == 1 else rates,
             "scheduler": None if schedule is None else type(schedule).__name__,
             "loss": type(elbo).__name__,
@@ -277,6 +279,12 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
     got = f"a {type(make).__module__}.{type(make).__name__}"
     if callable(make) and not isinstance(make, (torch.optim.Optimizer, PyroOptim)):
         optim = make(parameters)
+        if isinstance(optim, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer: expected one that steps by the gradient of one batch, got LBFGS, which takes a function "
+                "that it evaluates many times. Try torch.optim.Adam, or a loop of your own over "
+                "elbo.differentiable_loss."
+            )
         if isinstance(optim, torch.optim.Optimizer):
             return optim
         got = f"one that makes a {type(optim).__module__}.{type(optim).__name__}"
@@ -286,26 +294,19 @@ def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_ra
     )
 
 
-def _check_arguments(
-    num_epochs: int,
-    batch_size: int,
-    loss: Any,
-    clip_norm: float | None,
-    patience: int | None,
-    validation_data: Any,
-    compile: Any,
-) -> None:
-    for name, value in (
-        ("num_epochs", num_epochs),
-        ("batch_size", batch_size),
-        ("patience", 1 if patience is None else patience),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}. Try a larger {name}.")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm: expected a positive norm, got {clip_norm}. Try clip_norm=10.0, or None.")
+def _make_scheduler(make: Any, optimizer: torch.optim.Optimizer) -> Any:
+    schedule = make(optimizer) if callable(make) else make
+    if callable(make) and hasattr(schedule, "step"):
+        return schedule
+    raise TypeError(
+        f"scheduler: expected a callable that makes a learning-rate scheduler from the optimizer, got {make!r}. "
+        "Try scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)."
+    )
+
+
+def _check_patience(patience: int | None, validation_data: Any) -> None:
     if patience is not None and validation_data is None:
-        raise ValueError("patience needs validation_data, whose loss says when to stop. Try to hold some rows out.")
-    check_compile(compile)
-    if loss is not None and not isinstance(loss, ELBO):
-        raise TypeError(f"loss: expected a pyro.infer.ELBO, got {loss!r}. Try loss=pyro.infer.Trace_ELBO().")
+        raise ValueError(
+            "patience needs validation_data, whose loss says when to stop: expected some, got none. Try to hold some "
+            "rows out."
+        )

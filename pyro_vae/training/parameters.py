@@ -158,6 +158,8 @@ def find_device(device: str | torch.device) -> torch.device:
         raise ValueError(
             f'device: expected \'auto\' or a device of torch, got {device!r}. Try device="auto" or device="cpu".'
         ) from error
+    if device.type == "meta":
+        raise ValueError('device: expected one that holds numbers, got "meta". Try device="cpu".')
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:

@@ -11,7 +11,17 @@ from pyro_vae.pairs.pair import Pair
 from pyro_vae.pairs.sites import is_inside, plate_frames, sample_sites
 from pyro_vae.training.data import Batches
 
-__all__ = ["data_frame", "full_size", "warn_of_globals"]
+__all__ = ["check_named", "data_frame", "full_size", "warn_of_globals"]
+
+
+def check_named(pair: Pair) -> None:
+    """Raises ValueError where there is no plate of the name that was asked for; nobody may have asked for "data"."""
+    if pair.plate != "data" and pair.look.frame(pair.plate) is None:
+        found = sorted({f.name for f in plate_frames(*pair.look[:2])})
+        raise ValueError(
+            f"fit: plate: expected one of the plates in model and guide, {found or 'none'}, got {pair.plate!r}. Try "
+            + (f"plate={found[0]!r}." if found else f"with pyro.plate({pair.plate!r}, len(x)).")
+        )
 
 
 def data_frame(pair: Pair, size: int) -> Any:

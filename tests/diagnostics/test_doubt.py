@@ -109,5 +109,5 @@ def test_what_is_refused(pair):
     x = truth.sample(5)
     with pytest.raises(ValueError, match="level: expected a probability"):
         doubtful_rows(truth.model, guide, x, level=5)
-    with pytest.raises(ValueError, match="num_simulated: expected a whole number"):
+    with pytest.raises(ValueError, match="num_simulated: expected at least 0"):
         doubtful_rows(truth.model, guide, x, num_simulated=-1)

@@ -130,7 +130,7 @@ def test_what_is_printed_and_drawn(pair):
 
 def test_what_is_refused(pair):
     truth, guide, x = pair
-    with pytest.raises(ValueError, match="family: expected one of 'diagonal', 'full', or None, got 'flow'"):
+    with pytest.raises(ValueError, match="family: expected None, 'diagonal' or 'full', got 'flow'"):
         inference_gaps(truth.model, guide, x, family="flow")
     with pytest.raises(ValueError, match="no plate 'rows'"):
         inference_gaps(truth.model, guide, x, plate="rows")

@@ -36,7 +36,7 @@ def test_scale_starts_at_one_and_stays_positive():
 def test_learned_scale():
     scale = LearnedScale(3, init=0.05)
     torch.testing.assert_close(scale(), torch.full((3,), 0.05))
-    with pytest.raises(ValueError, match="expected init >"):
+    with pytest.raises(ValueError, match="init: expected a positive number"):
         LearnedScale(init=0.0)
     with pytest.raises(ValueError, match="positive scale"):
         ConditionalNormal(MLP(3, []), 4, scale=-1.0)

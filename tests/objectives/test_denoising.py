@@ -133,7 +133,7 @@ def test_what_cannot_be():
     with pytest.raises(TypeError, match="expected a function"):
         DenoisingELBO(0.5)
     for wrong in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="masking_noise: expected a probability"):
+        with pytest.raises(ValueError, match="masking_noise: probability: expected a probability"):
             loss.corruption.probability = wrong
         assert loss.corruption.probability == 0.5
     with pytest.raises(ValueError, match="gaussian_noise: expected a finite scale >= 0"):

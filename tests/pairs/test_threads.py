@@ -24,7 +24,12 @@ from pyro_vae.networks import MLP
 from pyro_vae.pairs import threads
 from pyro_vae.pairs.threads import one_thread
 
-NO_DOORS = {"checkpoint", "distributions", "pairs"}  # two know no pair, the last is what the doors open to
+NO_DOORS = {
+    "arguments",
+    "checkpoint",
+    "distributions",
+    "pairs",
+}  # the last is what the doors open to, the others know no pair
 PARTS_OF_ARVIZ = ("arviz_", "sampler_")  # names of modules that `integrations.arviz` is made of
 NEED_NO_DOOR = {
     "VAE.model": "the pair itself, which the functions with a door run",

@@ -122,7 +122,7 @@ def test_two_modules_under_one_name_are_refused():
         ({"data": pd.DataFrame({"a": [1.0]})}, TypeError, r'got DataFrame. Try data.to_numpy\(dtype="float32"\)'),
         ({"data": np.array([["a"]])}, TypeError, "expected an array of numbers, got one of dtype <U1"),
         ({"data": np.zeros((3, 4), int)}, TypeError, r"data\[0\] is of dtype int64, .* convert each batch"),
-        ({"data": torch.randn(4)}, IndexError, r"4 rows, each a number.*x.reshape\(1, 4\)"),
+        ({"data": torch.randn(4)}, ValueError, r"4 rows, each a number.*x.reshape\(1, 4\)"),
         ({"loss": Trace_ELBO}, TypeError, r"loss: expected a pyro.infer.ELBO.*Try loss=pyro.infer.Trace_ELBO\(\)"),
         (
             {"optimizer": pyro.optim.Adam({})},
