@@ -61,7 +61,7 @@ def read_bytes(path: str | Path, kind: str = "weights") -> bytes:
     """All bytes of a regular file."""
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} was not written by {WRITERS[kind]}: it is no file. Try another name.")
+        raise ValueError(f"{path} was not written by {WRITERS[kind]}: expected a file, got none. Try another name.")
     return path.read_bytes()
 
 

@@ -89,9 +89,9 @@ class Pair:
         try:
             self.look, self.rows = self._find(cut)
         except Exception as error:
-            self._refuse(error)
+            _refuse_unusual(self, error)
             raise
-        self._check_log_probs()
+        _check_log_probs(self)
         self.sites = find_sites(self.look.guide, self.look.model)
         drawn, own = (self._latents(trace) for trace in self.look[:2])
         self.latents = set(own)
@@ -110,20 +110,6 @@ class Pair:
     def layout(self) -> Layout:
         """Where data points are among a tensor's dimensions, of a pair that is all inside the plate of these."""
         return self.find_layout()
-
-    def _refuse(self, error: Exception) -> None:
-        for i, x in (*enumerate(self.args), *self.kwargs.items()):
-            refuse_unusual(f"argument {i!r}", x, error)
-
-    def _check_log_probs(self) -> None:
-        for name, log_prob in (item for found in self.look.log_probs for item in found.items()):
-            if log_prob is None:
-                self._refuse(RuntimeError(f"there is no log-probability of site {name!r}"))
-            elif log_prob.is_complex():
-                raise TypeError(
-                    f"site {name!r}: expected real values, got a log-probability of {log_prob.dtype}. Try "
-                    "torch.view_as_real(x)."
-                )
 
     def find_layout(self, outside: str = "") -> Layout:
         """Where data points are among a tensor's dimensions, of a pair whose draws can be weighed for each of them.
@@ -229,3 +215,20 @@ class Pair:
         # nobody uses them, or the rows are all the same: what is as long as a pass is taken for its rows
         tensors = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
         return frame.size not in {len(a) for a in tensors}
+
+
+def _refuse_unusual(pair: Pair, error: Exception) -> None:
+    """Raises an error that says so if one of the arguments is of a kind that hardly any model takes."""
+    for i, x in (*enumerate(pair.args), *pair.kwargs.items()):
+        refuse_unusual(f"argument {i!r}", x, error)
+
+
+def _check_log_probs(pair: Pair) -> None:
+    for name, log_prob in (item for found in pair.look.log_probs for item in found.items()):
+        if log_prob is None:
+            _refuse_unusual(pair, RuntimeError(f"there is no log-probability of site {name!r}"))
+        elif log_prob.is_complex():
+            raise TypeError(
+                f"site {name!r}: expected real values, got a log-probability of {log_prob.dtype}. Try "
+                "torch.view_as_real(x)."
+            )

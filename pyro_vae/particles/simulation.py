@@ -80,6 +80,7 @@ def simulate(
         0.1
     """
     sampler = ParticleSampler(model, guide, args, kwargs, plate=plate, parallel=parallel)
+    args, kwargs = sampler.pair.args, sampler.pair.kwargs  # arrays as tensors
     with torch.no_grad(), evaluation_mode(model, guide):
         keys, drawn = look_at_observed(sampler, args, kwargs)
     latents = {name: sampler.layout.align(drawn[name])[0] for name in sampler.pair.latents}
