@@ -43,8 +43,9 @@ share = partial(check_number, low=0.0, high=1.0, what="a probability between 0 a
 positive = partial(check_number, low=0.0, what="a positive number")
 COUNTS = """num_particles num_samples num_epochs num_draws num_simulations num_temperatures num_leapfrog patience
     cache_size rank num_components num_categories period kernel_size stride in_features out_features total num"""
-NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters
+NAMES: dict[str, Callable[[str, Any], Any]] = {  # of one or several parameters, or of a parameter of one function
     COUNTS: check_count,
+    "from_pyro.num_particles": partial(check_count, least=0),  # none: the log-likelihood is not integrated
     "num_steps num_simulated context_size": partial(check_count, least=0),
     "batch_size chunk_size": partial(check_count, most=2**63 - 1),
     "progress smooth resample mean doubly_reparameterized": check_flag,
@@ -106,8 +107,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     for p in signature.parameters.values():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             rest.append(p.name)
-        elif p.name in KINDS:
-            kinds[p.name] = KINDS[p.name]
+        elif (check := KINDS.get(f"{function.__name__}.{p.name}", KINDS.get(p.name))) is not None:
+            kinds[p.name] = check
             if "None" in str(p.annotation):
                 optional.add(p.name)
     of_class = function.__name__ == "__init__"

@@ -164,6 +164,7 @@ add(
     lambda: {"mcmc": chains(), "num_particles": 3, "seed": 0, "progress": False},
     mcmc="module",
     predictions="skip",
+    num_particles="count_or_zero",
 )
 add(pyro_vae.compare, lambda: {"evidence": some_evidence()}, evidence="evidence")
 add(evidence.pareto_khat, lambda: {"log_weight": torch.randn(20, 3)}, log_weight="weights")
