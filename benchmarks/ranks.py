@@ -22,7 +22,7 @@ import peers
 import rounds
 import torch
 
-NETWORKS, BATCHES = ("784-400-50", "784-200-200-50", "conv"), (128, 1024, 8192)
+CONFIGURATIONS = (("784-400-50", 128), ("784-400-50", 1024), ("784-400-50", 8192), ("conv", 128))
 ROUNDS, EPOCHS, STEPS = 3, 5, 12
 SIZES = [2**k for k in range(8, 25, 4)]  # floats
 LINKS = {"10 Gbit/s": (10e9 / 8, 50e-6), "25 Gbit/s": (25e9 / 8, 30e-6), "100 Gbit/s": (100e9 / 8, 10e-6)}
@@ -94,16 +94,15 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     found, sums = {}, []
-    for network in NETWORKS:
-        for batch in BATCHES:
-            pairs = [(start(1, network, batch), start(2, network, batch)) for _ in range(ROUNDS)]
-            one, two = (median(run[i]["step"] for run in pairs) for i in range(2))
-            wait, n = median(run[1]["wait"] for run in pairs), pairs[0][0]["parameters"]
-            sums += [{int(k): v for k, v in run[1]["sums"].items()} for run in pairs]
-            found[network, batch] = one, n
-            row = f"| {network} | {batch} | {n:,} | {4e-6 * n:.2f} | {1e3 * one:.2f} ms | {1e3 * two:.2f} ms"
-            lines.append(f"{row} | {one / two:.2f} | {1e3 * wait:.2f} ms |")
-            print(lines[-1], flush=True)
+    for network, batch in CONFIGURATIONS:
+        pairs = [(start(1, network, batch), start(2, network, batch)) for _ in range(ROUNDS)]
+        one, two = (median(run[i]["step"] for run in pairs) for i in range(2))
+        wait, n = median(run[1]["wait"] for run in pairs), pairs[0][0]["parameters"]
+        sums += [{int(k): v for k, v in run[1]["sums"].items()} for run in pairs]
+        found[network, batch] = one, n
+        row = f"| {network} | {batch} | {n:,} | {4e-6 * n:.2f} | {1e3 * one:.2f} ms | {1e3 * two:.2f} ms"
+        lines.append(f"{row} | {one / two:.2f} | {1e3 * wait:.2f} ms |")
+        print(lines[-1], flush=True)
     latency, bandwidth = line_through({size: median(s[size] for s in sums) for size in SIZES})
     lines += [
         "",
