@@ -243,7 +243,7 @@ def test_differentiable_loss_and_accumulation():
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"expected a pyro\.infer\.ELBO"):
         CompiledELBO("Trace_ELBO")
-    with pytest.raises(ValueError, match="expected 'inductor' or 'eager', got 'c'"):
+    with pytest.raises(ValueError, match="expected one of 'inductor', 'eager', got 'c'"):
         CompiledELBO(backend="c")
     with pytest.raises(ValueError, match="cache_size"):
         CompiledELBO(cache_size=0)
