@@ -191,6 +191,7 @@ def case(i: int, folder: Path, truths: dict[tuple[str, str], Any]) -> tuple[str,
         if run_and_kill(code, kind, own / "fit.pt", rng, writing=writing, seconds=seconds):
             events.append("killed")
             break
+        (own / "fit.pt").unlink(missing_ok=True)  # it was done before: once more
     events += ["in a write"] * writing
     events += ["had a file"] * (own / "fit.pt").exists()
     events += ["left a partial file"] * bool(list(own.glob(".*.partial")))

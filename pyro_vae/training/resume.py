@@ -184,6 +184,7 @@ class FitState:
         now = self._entries()
         if not (isinstance(saved, dict) and saved.keys() == now.keys()):
             raise ValueError(f"checkpoint: {path} was not written by fit(checkpoint=…). Try another name.")
+        self._refuse_other(path, listed(differences(now["weights"], saved["weights"], "weights")))
         was, this = saved["arguments"] if isinstance(saved["arguments"], dict) else {}, self.arguments
         differ = [name for name in this if was.get(name) != this[name]]
         if differ:
@@ -193,14 +194,9 @@ class FitState:
                 "or another file."
             )
         try:
-            wrong = listed(self._what_does_not_fit(now, saved))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a file that somebody made up
-            wrong = f"{type(error).__name__}: {error}"
-        if wrong:
-            raise ValueError(
-                f"checkpoint: {path} is of another model, guide, optimizer, scheduler or loader ({wrong}); all is as "
-                "it was. Try those that it was written with, or another file."
-            )
+            self._refuse_other(path, listed(self._what_does_not_fit(now, saved)))
+        except (AttributeError, LookupError, TypeError) as error:  # of a file that somebody made up
+            self._refuse_other(path, f"{type(error).__name__}: {error}")
         before = map_tensors(_copy, now)
         try:
             self._load(saved)
@@ -215,8 +211,15 @@ class FitState:
                 "it was. Try the optimizer, scheduler and loader that it was written with, or another file."
             ) from error
 
+    @staticmethod
+    def _refuse_other(path: Path, differences: str) -> None:
+        if differences:
+            raise ValueError(
+                f"checkpoint: {path} is of another model, guide, optimizer, scheduler or loader ({differences}); all "
+                "is as it was. Try those that it was written with, or another file."
+            )
+
     def _what_does_not_fit(self, now: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
-        yield from differences(now["weights"], saved["weights"], "weights")
         if saved["best"] is not None:
             yield from differences(self.weights.named_state(moved=True), saved["best"], "best")
         if now["optimizer_type"] != saved["optimizer_type"]:
