@@ -76,10 +76,13 @@ def test_a_typical_set_is_two_sided():
 def test_weights_are_those_of_importance_sampling(pair):
     truth, guide = pair
     x = truth.sample(20)
-    found = doubtful_rows(truth.model, guide, x, num_particles=200, num_simulated=0, seed=0, progress=False)
-    expected = importance_sampling(truth.model, guide, x, num_particles=200, seed=0, progress=False)
-    torch.testing.assert_close(found.evidence.log_evidence, expected.log_evidence)
-    torch.testing.assert_close(found.evidence.pareto_khat, expected.pareto_khat)
+    options = {"num_particles": 2000, "progress": False}
+    found = doubtful_rows(truth.model, guide, x, num_simulated=0, seed=0, **options)
+    expected = importance_sampling(truth.model, guide, x, seed=1, **options)
+    error = torch.hypot(found.evidence.standard_error, expected.standard_error)
+    assert ((found.evidence.log_evidence - expected.log_evidence) / error).abs().max() < 4.5
+    assert ((found.evidence.log_evidence - truth.log_evidence(x)) / found.evidence.standard_error).abs().max() < 4.5
+    assert (found.evidence.pareto_khat - expected.pareto_khat).median().abs() < 0.1
     assert found.p_value.isnan().all()
     assert not found.out_of_distribution.any()
     # log w is a quadratic form of draws of the guide

@@ -50,7 +50,7 @@ def test_three_guides_are_told_apart():
     x = truth.sample(50)
     exact, wide, narrow = (
         importance_sampling(truth.model, lambda x, w=w: truth.guide(x, w), x, num_particles=4000)
-        for w in (1.0, 2.0, 0.4)
+        for w in (1.0, 2.0, 0.3)  # k-hats of the last are about 1 − 0.3²
     )
     assert (exact.standard_error < 1e-3).all()
     assert not wide.doubtful.any()
