@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -120,13 +122,21 @@ class Ranks:
             return torch.device("cuda", torch.cuda.current_device())
         return device
 
-    def part_ways(self) -> None:
-        """Gives each rank random numbers of its own, all following from those of the first, which stay as they are."""
+    def part_ways(self, *, all_generators: bool = False) -> None:
+        """Gives each rank random numbers of its own, all following from those of the first, which stay as they are.
+
+        Args:
+            all_generators: also those of NumPy and Python.
+        """
         if self.several:
             state = self.from_first(torch.get_rng_state())
             if not self.is_first:
                 torch.set_rng_state(state)
-                torch.manual_seed(int(torch.randint(2**62, (self.rank,))[-1]))
+                seed = int(torch.randint(2**62, (self.rank,))[-1])
+                torch.manual_seed(seed)
+                if all_generators:
+                    np.random.seed(seed % 2**32)
+                    random.seed(seed)
 
     @_with_reason
     def from_first(self, value: T) -> T:
@@ -156,8 +166,19 @@ class Ranks:
         """Each item with what the function makes of it, in their order; the ranks take one each at a time."""
         for i in range(0, len(items), self.size):
             some = items[i : i + self.size]
-            own = function(some[self.rank]) if self.rank < len(some) else None
-            yield from zip(some, self.gather(own), strict=False)
+            found = error = None
+            if self.rank < len(some):
+                try:
+                    found = function(some[self.rank])
+                except Exception as raised:  # whatever it is, the others would wait for this rank
+                    if not self.several:
+                        raise
+                    error = raised
+            every = self.gather((found, error))
+            for _, reason in every:
+                if reason is not None:
+                    raise reason
+            yield from zip(some, (value for value, _ in every), strict=False)
 
     @_with_reason
     def gather(self, value: T) -> list[T]:

@@ -113,7 +113,7 @@ def simulation_based_calibration(
 
     tally, group = Tally(num_draws), ranks()
     group.agree("simulation_based_calibration", num_simulations=num_simulations, num_draws=num_draws)
-    group.part_ways()
+    group.part_ways(all_generators=True)
     own = group.share(torch.arange(num_simulations)).numel()
     with torch.no_grad(), evaluation_mode(model, guide):
         simulator = Simulator(sampler, "simulation_based_calibration")

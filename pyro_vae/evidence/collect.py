@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.evidence.evidence import LOWER_BOUND, NO_BOUND, UPPER_BOUND, Evidence
-from pyro_vae.evidence.finished import Finished
+from pyro_vae.evidence.finished import Finished, fingerprint
 from pyro_vae.evidence.log_weights import LogWeightSummary
 from pyro_vae.evidence.portions import Portions
 from pyro_vae.pairs.checks import check_roles
@@ -90,6 +90,8 @@ def collect(
     seed = group.from_first(int(torch.randint(2**62, ())))
     with torch.no_grad(), evaluation_mode(sampler.model, sampler.guide):
         several = portions.loader is not None
+        if group.several:
+            group.agree(method, **{"rows, model, guide or weights": fingerprint(sampler)})
         finished = Finished(checkpoint, known | dict(options or {}), sampler, group, several)
         total = portions.num_rows if portions.loader is not None else sampler.num_points
         total = None if total is None else total * num_particles // group.size

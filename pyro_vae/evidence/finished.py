@@ -33,13 +33,13 @@ from pyro_vae.pairs.seeds import from_seed
 from pyro_vae.particles.sampler import ParticleSampler
 from pyro_vae.ranks import Ranks
 
-__all__ = ["Finished"]
+__all__ = ["Finished", "fingerprint"]
 
 SECONDS_BETWEEN = 10.0  # writes, but for the first and the last one
 KEY = 16  # bytes
 RESULTS = 5  # numbers of a row
 PROBED, PROBED_BYTES = 16, 2**23  # rows whose log-weights are kept, at most
-TOLERANCE = 1e-3  # of log-weights, absolute and relative
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-3}  # of log-weights: what another processor rounds otherwise
 ENTRIES = {"arguments", "seed", "keys", "results", "probe"}
 
 
@@ -208,7 +208,7 @@ class Finished:
         self._order = keys[order], order
         try:
             again = _log_weight(self.sampler, self._probe)
-            same = torch.allclose(again, self._probe["log_weight"], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+            same = torch.allclose(again, self._probe["log_weight"], **TOLERANCE, equal_nan=True)
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError):  # rows that this pair does not take
             same = False
         if not same:
@@ -216,6 +216,13 @@ class Finished:
                 f"checkpoint: {self.path} is of another model or guide, or of other weights: the rows that it keeps "
                 "have other log-weights now. Try the model and guide that it was written with, or another file."
             )
+
+
+def fingerprint(sampler: ParticleSampler) -> list[str]:
+    """Digests of some rows, and of a log-weight of each, which tell other data, models and weights apart."""
+    probe = _kept_rows(sampler)
+    rows = probe["rows"] or {}
+    return [_hash(*map(_bytes, values)).hex() for values in (rows.values(), [_log_weight(sampler, probe)])]
 
 
 def _hash(*parts: Any) -> bytes:

@@ -16,7 +16,7 @@ from pyro_vae.pairs.arrays import as_tensor, is_array, slices, unless_on_disk
 from pyro_vae.pairs.batches import Batch, check_loader, loaded, num_rows_of
 from pyro_vae.pairs.checks import check_rows, check_support
 from pyro_vae.ranks import Ranks
-from pyro_vae.training.shared_loader import shared_loader
+from pyro_vae.training.shared_loader import dataset_fingerprint, shared_loader
 
 __all__ = ["Batch", "Batches"]
 
@@ -181,7 +181,7 @@ class Batches:
     def fingerprint(self) -> list[tuple]:
         """Shape and dtype of each column, and a digest of some of its rows: what tells other data apart."""
         rows = torch.linspace(0, (self.num_rows or 1) - 1, 5).long().tolist()
-        found = []
+        found: list[tuple] = [] if self.loader is None else dataset_fingerprint(self.given, rows)
         for key, column in zip(self.keys, self.columns, strict=True):
             digest = sha256()
             for row in rows:

@@ -10,7 +10,11 @@ of the plate counts once in each g_r. So is the loss. All ranks get the same bit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +35,14 @@ class JointGradient:
         parameters: the same in all ranks.
 
     Attributes:
+        interrupted: whether somebody has pressed Ctrl-C.
         share: what is finite if loss and gradient of this rank's last share are; None if it had no rows.
     """
 
     def __init__(self, ranks: Ranks, parameters: list[Tensor]) -> None:
         self.ranks = ranks
         self.share: Tensor | None = None
+        self.interrupted = False
         self.buckets = _buckets(parameters)
         self.parameters = [p for bucket in self.buckets for p in bucket]
 
@@ -54,36 +60,64 @@ class JointGradient:
             Diverged: in all ranks, if in one of them.
         """
         value = norm = None
-        failed = None
+        failed: Exception | None = None
         if rows:
             try:
                 value, norm = own()
-            except Diverged as error:
+            except Exception as error:  # whatever it is, the others would wait for this rank
                 failed = error
         self.share = None if value is None else value + norm
-        joint, total, any_failed = self._join(value, rows, failed is not None)
-        if any_failed:
+        diverged = isinstance(failed, Diverged)
+        joint, total, (any_diverged, any_failed, interrupted) = self._join(value, rows, diverged, failed is not None)
+        if any_failed > any_diverged:
+            if failed is None or diverged:
+                raise RuntimeError(f"rank {self.ranks.rank}: another rank has raised an error, which says more.")
+            raise failed
+        if any_diverged:
             raise failed or Diverged("a recording of another rank gave another loss than plain Pyro")
+        if interrupted:
+            raise KeyboardInterrupt
         return joint, torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), total
 
-    def _join(self, loss: Tensor | None, rows: int, failed: bool) -> tuple[Tensor, int, bool]:
-        """Loss and rows of the joint batch, and whether a rank failed; no gradient is changed then."""
+    @contextmanager
+    def interrupted_together(self) -> Iterator[None]:
+        """Ctrl-C ends the step that all ranks are in, in all of them: one that left alone would be waited for."""
+        if not self.ranks.several or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(*_: Any) -> None:
+            self.interrupted = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _join(
+        self, loss: Tensor | None, rows: int, diverged: bool, failed: bool
+    ) -> tuple[Tensor, int, tuple[float, float, float]]:
+        """Loss and rows of the joint batch; how many ranks diverged, failed and were interrupted. If any failed, no
+        gradient is changed."""
         device = self.parameters[0].device
         present = [float(p.grad is not None and rows > 0) for p in self.parameters]
-        numbers = torch.tensor([rows, failed, 0.0, *present], dtype=torch.float64, device=device)
+        flags = [diverged, failed, self.interrupted]
+        numbers = torch.tensor([rows, *flags, 0.0, *present], dtype=torch.float64, device=device)
         if loss is not None and not failed:
-            numbers[2] = rows * loss.double()
+            numbers[4] = rows * loss.double()
         packed = [self._packed(bucket, 0 if failed else rows) for bucket in self.buckets]
         self.ranks.sum([numbers, *packed])
-        total, any_failed, joint, *counts = numbers.tolist()
+        total, *flags, joint = numbers[:5].tolist()
+        counts = numbers[5:].tolist()
         value = torch.tensor(joint / total if total else 0.0, dtype=torch.float64, device=device)
-        if not any_failed:
+        if not flags[1]:
             used = dict(zip(map(id, self.parameters), counts, strict=True))
             for bucket, flat in zip(self.buckets, packed, strict=True):
                 parts = (flat / total).split([p.numel() for p in bucket])
                 for p, part in zip(bucket, parts, strict=True):  # what no rank's loss reaches has none
                     p.grad = part.view_as(p) if used[id(p)] else None
-        return value, int(total), bool(any_failed)
+        return value, int(total), (flags[0], flags[1], flags[2])
 
     @staticmethod
     def _packed(bucket: list[Tensor], rows: int) -> Tensor:

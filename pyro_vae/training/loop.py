@@ -147,7 +147,7 @@ def fit(
         group.agree("fit", rows=batches.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
         group.part_ways()
         pair, weights = _prepare(model, guide, plate, batches, validation, group.device(device))
-        _agree(group, weights, batches)
+        _agree(group, weights, batches, validation)
         elbo, compiled = _objective(loss, compile, num_epochs * (batches.num_batches or 0))
         optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
         steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
@@ -165,7 +165,8 @@ def fit(
         state = FitState(weights, steps, schedule, patience, arguments, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         show = progress and group.is_first
-        with state.kept_in(checkpoint), progress_bar(total, "", show, unit="row", leave=True) as bar:
+        bars = progress_bar(total, "", show, unit="row", leave=True)
+        with state.kept_in(checkpoint), steps.joint.interrupted_together(), bars as bar:
             bar.update(len(state.result.loss) * (batches.num_rows or 0))
             try:
                 while len(state.result.loss) < num_epochs and not state.stalled:
@@ -264,12 +265,13 @@ def _evaluate(pair: Pair, steps: Steps, elbo: ELBO, batches: Batches) -> float:
     return total / rows if math.isfinite(total) else math.inf  # infinity is never the lowest
 
 
-def _agree(group: Ranks, weights: Weights, batches: Batches) -> None:
+def _agree(group: Ranks, weights: Weights, batches: Batches, validation: Batches | None) -> None:
     """All ranks go on from the weights of the first. Raises ValueError if they have other parameters, or other data."""
     if group.several:
         shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in weights.named.items()]
-        group.agree("fit", parameters=shapes, data=batches.fingerprint())
-        group.copy_first(weights.state())
+        others = None if validation is None else (validation.num_rows, validation.fingerprint())
+        group.agree("fit", parameters=shapes, data=batches.fingerprint(), validation_data=others)
+        group.copy_first(list(weights.named_state().values()))
 
 
 def _make_optimizer(make: Callable | None, parameters: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:

@@ -73,6 +73,13 @@ def warn_of_globals(pair: Pair, batches: Batches, size: int) -> None:
     ]
     if found:
         n, named = batches.num_rows, ", ".join(map(repr, found[:3])) + (", …" if len(found) > 3 else "")
+        if batches.ranks.several:
+            raise ValueError(
+                f"fit: expected latents inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} "
+                f"rows, in {batches.ranks.size} ranks; got {named} outside of it, whose KL term would count once for "
+                f"each rank. Try pyro.plate({frame.name!r}, {n}, subsample_size=len(x)) in model and guide, or a VAE's "
+                "total= by functools.partial."
+            )
         warn(
             f"fit: expected latents inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} rows; "
             f"got {named} outside of it, in batches of {size} rows that each count as all data: the KL term of what "

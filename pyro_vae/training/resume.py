@@ -105,7 +105,7 @@ class FitState:
             return
         self._path = path
         with ExitStack() as held:
-            saved = self._ranks.first_does(lambda: self._open(Path(path), held))
+            saved = self._ranks.first_does(lambda: _open(Path(path), held))
             if saved is not None:
                 self._resume(Path(path), saved)
             self._ranks.first_does(self._try_out)
@@ -170,15 +170,6 @@ class FitState:
         }
 
     # -- going on -----------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _open(path: Path, held: ExitStack) -> Any:
-        """Holds the file; what is in it, or None."""
-        held.enter_context(hold(path))
-        try:
-            return read(path, "fit") if path.exists() else None
-        except ValueError as error:
-            raise ValueError(f"checkpoint: {error}") from error
 
     def _resume(self, path: Path, saved: Any) -> None:
         now = self._entries()
@@ -270,6 +261,15 @@ class FitState:
         if not same:
             self._ranks.part_ways()
         self._random = self._ranks.gather(random_state())
+
+
+def _open(path: Path, held: ExitStack) -> Any:
+    """Holds the file; what is in it, or None."""
+    held.enter_context(hold(path))
+    try:
+        return read(path, "fit") if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"checkpoint: {error}") from error
 
 
 def _wrong_losses(losses: Any) -> Iterator[str]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.ranks import Ranks
 
-__all__ = ["begin_epoch", "shared_loader"]
+__all__ = ["begin_epoch", "dataset_fingerprint", "shared_loader"]
 
 
 def shared_loader(loader: DataLoader, ranks: Ranks, name: str) -> DataLoader:
@@ -48,6 +52,23 @@ def begin_epoch(loader: DataLoader | None, epoch: int) -> None:
     """Tells a `DistributedSampler` the epoch, without which it takes the same order in each."""
     if loader is not None and isinstance(loader.sampler, DistributedSampler):
         loader.sampler.set_epoch(epoch)
+
+
+def dataset_fingerprint(loader: DataLoader, rows: list[int]) -> list[tuple]:
+    """Digests of some items of a dataset, which tell other data apart; none of items that are drawn anew each time."""
+    if isinstance(loader.sampler, DistributedSampler) or loader.batch_sampler is None:
+        return []
+    with fork_random_state():
+        digests = [_digest(loader.dataset[i]) for i in rows for _ in range(2)]
+    return [(a,) for a, b in zip(digests[::2], digests[1::2], strict=True) if a == b]
+
+
+def _digest(item: Any) -> str:
+    """Of the tensors and arrays in an item."""
+    found = sha256()
+    for leaf in pytree.tree_leaves(item):
+        found.update(np.ascontiguousarray(leaf).tobytes() if not isinstance(leaf, str) else leaf.encode())
+    return found.hexdigest()[:16]
 
 
 class _Shares:

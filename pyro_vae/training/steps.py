@@ -72,7 +72,7 @@ class Steps:
         self._whole: WholeStep | None = None
         self._agreed = Agreed(weights, optimizer)
         self._ranks = batches.ranks
-        self._joint = JointGradient(batches.ranks, weights.parameters)
+        self.joint = JointGradient(batches.ranks, weights.parameters)
         # torch.amp.GradScaler's protocol: an optimizer that takes found_inf skips the step on the device itself
         skips = getattr(optimizer, "_step_supports_amp_scaling", False) and batches.columns
         self._deferred = bool(skips) and weights.device.type != "cpu"
@@ -110,7 +110,7 @@ class Steps:
             # a first step looks for parameters as pyro.infer.SVI does
             with poutine.trace(param_only=True) if self.count == 0 else nullcontext() as seen:
                 if self._ranks.several:
-                    value, norm, rows = self._joint(lambda: self._gradients(batch, call), batch.size)
+                    value, norm, rows = self.joint(lambda: self._gradients(batch, call), batch.size)
                 else:
                     value, norm = self._gradients(batch, call)
             self._stopped |= ~(torch.isfinite(value) & torch.isfinite(norm))
@@ -266,7 +266,7 @@ class Steps:
         if not self.weights.are_finite():
             self.weights.restore(self._last_finite)
         self.optimizer.zero_grad(set_to_none=True)
-        share, message = self._joint.share, None
+        share, message = self.joint.share, None
         if not self._ranks.several or (share is not None and not torch.isfinite(share)):
             with torch.random.fork_rng():
                 set_random_state(state)

@@ -1,7 +1,7 @@
 """A call of every public function, that gives what it returns on a device."""
 
 import tempfile
-from contextlib import suppress
+import warnings
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -63,7 +63,8 @@ def fit_resumed(on):
         return vae
 
     with tempfile.TemporaryDirectory() as folder, mock.patch("pyro_vae.training.resume.SECONDS_BETWEEN", 0.0):
-        with suppress(KeyboardInterrupt):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fit: interrupted")
             run(folder, 2)
         pyro.clear_param_store()
         return run(folder, None)
