@@ -8,6 +8,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pyro
@@ -165,6 +166,67 @@ def not_finite():
 def other_data():
     pair = Autoencoder()
     return _message(functools.partial(pair.fit, (pair.x + ranks().rank, pair.noise)))
+
+
+def other_weights():
+    """Of the pair that evidence is asked of; of a part that does not train; of a data set behind a loader."""
+    pair = Autoencoder()
+    with torch.no_grad():
+        pair.decoder.bias += ranks().rank
+    estimate = functools.partial(importance_sampling, num_particles=5, progress=False)
+    of_evidence = _message(functools.partial(estimate, pair.model, pair.own_guide, pair.x, pair.noise))
+    pair = Autoencoder()
+    pair.decoder.bias.requires_grad_(False).add_(ranks().rank)
+    pair.fit(num_epochs=1)
+    frozen = pair.decoder.bias.clone()
+    pair = Autoencoder()
+    own = TensorDataset(pair.x.roll(ranks().rank, 0), pair.noise)
+    return of_evidence, frozen, _message(functools.partial(pair.fit, DataLoader(own, 32)))
+
+
+def globals_of_each_batch():
+    x = torch.randn(8)
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    return _message(functools.partial(fit, model, AutoDelta(model), x, num_epochs=1, progress=False))
+
+
+def error_of_one():
+    """Which the other rank gets too, and both go on."""
+    pair = Autoencoder()
+
+    def guide(x, noise):
+        if ranks().rank == 1 and len(x) == 19:  # a chunk
+            raise ValueError("of the second rank")
+        pair.own_guide(x, noise)
+
+    options = {"num_particles": 5, "progress": False, "chunk_size": 100, "compile": False}
+    message = _message(functools.partial(importance_sampling, pair.model, guide, pair.x, pair.noise, **options))
+    ranks().agree("after it", same=True)
+    return message
+
+
+def interrupted():
+    """Ctrl-C in one of two, which ends both after the same step."""
+    pair = Autoencoder()
+    guide, steps = pair.guide, []
+
+    def guide_of_the_second(x, noise):
+        steps.append(len(x))
+        if ranks().rank == ranks().size - 1 and len(steps) == 25:
+            os.kill(os.getpid(), signal.SIGINT)
+        guide(x, noise)
+
+    pair.guide = guide_of_the_second
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fit: interrupted")
+        found = pair.fit(compile=False)
+    return {name: found[name] for name in ("interrupted", "num_steps", "weights")}
 
 
 def other_calls():

@@ -21,7 +21,11 @@ RUNS = [
     "random_draws",
     "not_finite",
     "other_data",
+    "other_weights",
     "other_calls",
+    "globals_of_each_batch",
+    "error_of_one",
+    "interrupted",
     "few_rows",
     "one_alone",
     "calibration",
@@ -93,6 +97,29 @@ def test_ranks_that_do_not_do_the_same_are_told(found):
         assert "expected the same call in all 2 ranks, got fit, simulation_based_calibration" in rank["other_calls"]
         assert rank["few_rows"].startswith("data: expected at least one row of a batch for each of 2 ranks, got")
     assert found[1][0]["few_rows"] is None
+
+
+def test_ranks_of_other_weights_and_data_sets_are_told_or_made_the_same(found):
+    for of_evidence, _, of_loader in (rank["other_weights"] for rank in found[2]):
+        assert "expected the same rows, model, guide or weights in all 2 ranks" in of_evidence
+        assert "expected the same data in all 2 ranks" in of_loader
+    assert torch.equal(*(rank["other_weights"][1] for rank in found[2]))
+
+
+def test_latents_of_all_rows_count_once_or_are_refused(found):
+    assert found[1][0]["globals_of_each_batch"] is None
+    for rank in found[2]:
+        assert "'mean' outside of it, whose KL term would count once for each rank" in rank["globals_of_each_batch"]
+
+
+def test_an_error_and_an_interrupt_reach_all_ranks(found):
+    first, second = found[2]
+    assert first["error_of_one"] == second["error_of_one"] == "of the second rank"
+    first, second = first["interrupted"], second["interrupted"]
+    assert first["interrupted"]
+    assert second["interrupted"]
+    assert first["num_steps"] == second["num_steps"] > 10
+    assert all(map(torch.equal, first["weights"], second["weights"]))
 
 
 def test_one_alone_does_as_one_process(found):
