@@ -114,7 +114,8 @@ def test_latents_of_all_rows_count_once_or_are_refused(found):
 
 def test_an_error_and_an_interrupt_reach_all_ranks(found):
     first, second = found[2]
-    assert first["error_of_one"] == second["error_of_one"] == "of the second rank"
+    assert first["error_of_one"] == second["error_of_one"]
+    assert first["error_of_one"].startswith("of the second rank")  # and then the shapes of Pyro's trace
     first, second = first["interrupted"], second["interrupted"]
     assert first["interrupted"]
     assert second["interrupted"]
