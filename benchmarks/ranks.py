@@ -22,7 +22,7 @@ import peers
 import rounds
 import torch
 
-CONFIGURATIONS = (("784-400-50", 128), ("784-400-50", 1024), ("784-400-50", 8192), ("conv", 128))
+CONFIGURATIONS = (("784-400-50", 128), ("784-400-50", 1024))
 ROUNDS, EPOCHS, STEPS = 3, 5, 12
 SIZES = [2**k for k in range(8, 25, 4)]  # floats
 LINKS = {"10 Gbit/s": (10e9 / 8, 50e-6), "25 Gbit/s": (25e9 / 8, 30e-6), "100 Gbit/s": (100e9 / 8, 10e-6)}

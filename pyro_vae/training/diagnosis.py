@@ -34,7 +34,7 @@ def look_at(model: Callable, guide: Callable, batches: Batches, validation: Batc
     with Untouched(model, guide) as untouched:
         try:
             pair = Pair(model, guide, batch.args, batch.kwargs, plate=plate, cut=False)
-            check_roles(model, guide, pair.look, observes=True)
+            check_roles(model, guide, pair.look)
             check_named(pair)
             _ = pair.participants
         except Exception as error:
