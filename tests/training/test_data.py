@@ -131,6 +131,9 @@ class Span:
         self.value = value
 
 
+@pytest.mark.filterwarnings(
+    "ignore:CompiledELBO. Pyro runs as it is"
+)  # where no object takes another's place in memory
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_loader_of_tuples_with_objects_and_lists(compile):
     """Positional arguments of any kind; each batch has its own, also where steps are recorded."""
