@@ -146,7 +146,7 @@ def packed(kind: str, state: Any) -> bytes:
     """A file with this state and a checksum that fits."""
     if kind == "safetensors":
         return tensors.pack(state, "file")
-    return bytes(container.pack(state, "fit" if kind == "fit" else "weights"))
+    return container.pack(state, "fit" if kind == "fit" else "weights")
 
 
 def tensors_of(kind: str, state: Any) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def write(state: Any, path: str | Path, kind: str = "weights", *, trial: bool = 
     """
     data = pack(state, kind)
     if trial:
-        unpack(bytes(data), str(path), kind)
+        unpack(data, str(path), kind)
     replace_file(path, data, trial=trial)
 
 
@@ -65,7 +65,7 @@ def read_bytes(path: str | Path, kind: str = "weights") -> bytes:
     return path.read_bytes()
 
 
-def pack(state: Any, kind: str) -> memoryview:
+def pack(state: Any, kind: str) -> bytes:
     """The bytes of a file that holds the state."""
     about = {"version": VERSION, "kind": kind, "tensors": describe(state)}
     buffer = io.BytesIO()
@@ -74,9 +74,12 @@ def pack(state: Any, kind: str) -> memoryview:
         folder = archive.namelist()[0].partition("/")[0]
         archive.writestr(f"{folder}/{RECORD}", json.dumps(about, indent=1))
         archive.comment = MARK + b"0" * DIGITS
-    data = buffer.getbuffer()
-    data[-DIGITS:] = hashlib.sha256(data[:-DIGITS]).hexdigest().encode()
-    return data
+    # No view of the buffer: in the traceback of a write that failed, it would crash the interpreter's garbage collection
+    # (python/cpython#111049). `getvalue` shares the bytes as long as nothing is written, and so nothing is copied here.
+    checksum = hashlib.sha256(memoryview(buffer.getvalue())[:-DIGITS]).hexdigest()
+    buffer.seek(-DIGITS, io.SEEK_END)
+    buffer.write(checksum.encode())
+    return buffer.getvalue()
 
 
 def unpack(data: bytes, where: str, kind: str) -> Any:

@@ -48,7 +48,7 @@ def file_named(path: str | Path, argument: str = "") -> Path:
     return target
 
 
-def replace_file(path: str | Path, data: bytes | memoryview, *, trial: bool = False) -> None:
+def replace_file(path: str | Path, data: bytes, *, trial: bool = False) -> None:
     """Writes a file whole, in the place of one that may be there, whose mode and owner it takes over.
 
     Args:

@@ -1,7 +1,10 @@
 """What is in the files, which other programs read too."""
 
+import errno
 import io
 import json
+import os
+import traceback
 import zipfile
 
 import pytest
@@ -138,10 +141,29 @@ def test_another_version_and_another_kind_say_so(tmp_path):
     assert read(tmp_path / "s.pt") == {"a": 1}
     with pytest.raises(ValueError, match=r"s.pt was not written by fit\(checkpoint=…\), but by save_weights"):
         read(tmp_path / "s.pt", "fit")
-    data = bytes(pack({"a": 1}, "fit"))
+    data = pack({"a": 1}, "fit")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert json.loads(archive.read("archive/pyro_vae.json"))["version"] == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyro_vae.checkpoint.container.VERSION", 2)
         with pytest.raises(ValueError, match="has format 1, this version of pyro_vae reads format 2"):
             unpack(data, "s.pt", "fit")
+
+
+@pytest.mark.parametrize("name", ["f.pt", "f.safetensors"])
+def test_a_write_that_fails_leaves_no_view_in_its_traceback(tmp_path, monkeypatch, name):
+    """The garbage collection of a buffer, together with a view of it, crashes some interpreters: 3.12.1 for one."""
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        save_weights(nn.Linear(2, 2), tmp_path / name)
+    frames, error = [], caught.value
+    while error is not None:
+        frames += [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        error = error.__cause__ or error.__context__
+    views = [x for local in frames for x in local.values() if isinstance(x, memoryview)]
+    assert views  # of what is written, or this test sees nothing
+    assert {type(view.obj) for view in views} == {bytes}

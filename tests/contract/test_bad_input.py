@@ -3,7 +3,6 @@
 The tables are in `bad_input_calls` and `bad_input_values`, one case and its judgement in `bad_input`.
 """
 
-import sys
 from collections import Counter
 
 import pytest
@@ -22,7 +21,6 @@ def counts():
     print(f"\nbad input: {found.total()} cases of {len(CALLS)} functions: {dict(found)}")  # noqa: T201
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="a garbage collection crashes among them: why is not known yet")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bad_input(case, counts, tmp_path_factory, monkeypatch):
     if not hasattr(test_bad_input, "folder"):
