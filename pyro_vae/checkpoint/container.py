@@ -74,8 +74,8 @@ def pack(state: Any, kind: str) -> bytes:
         folder = archive.namelist()[0].partition("/")[0]
         archive.writestr(f"{folder}/{RECORD}", json.dumps(about, indent=1))
         archive.comment = MARK + b"0" * DIGITS
-    # No view of the buffer: in the traceback of a write that failed, it would crash the interpreter's garbage collection
-    # (python/cpython#111049). `getvalue` shares the bytes as long as nothing is written, and so nothing is copied here.
+    # No view of the buffer: in the traceback of a write that failed, its garbage collection crashes Python 3.12.1
+    # (python/cpython#111049). `getvalue` shares the bytes as long as nothing is written: nothing is copied here.
     checksum = hashlib.sha256(memoryview(buffer.getvalue())[:-DIGITS]).hexdigest()
     buffer.seek(-DIGITS, io.SEEK_END)
     buffer.write(checksum.encode())

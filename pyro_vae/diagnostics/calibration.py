@@ -24,6 +24,7 @@ from pyro_vae.arguments import check_choice, checked
 from pyro_vae.diagnostics.calibration_result import LIKELIHOOD, Calibration
 from pyro_vae.diagnostics.simulated_draws import guide_draws, log_likelihood, ranks_among, weighted_ranks
 from pyro_vae.diagnostics.simulations import Batch, Draws, Simulator
+from pyro_vae.evidence.finished import fingerprint
 from pyro_vae.evidence.posterior import resampled
 from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.pairs.seeds import seeded
@@ -116,6 +117,8 @@ def simulation_based_calibration(
     group.part_ways(all_generators=True)
     own = group.share(torch.arange(num_simulations)).numel()
     with torch.no_grad(), evaluation_mode(model, guide):
+        if group.several:
+            group.agree("simulation_based_calibration", **{"rows, model, guide or weights": fingerprint(sampler)})
         simulator = Simulator(sampler, "simulation_based_calibration")
         together = num_draws + 1 if method == "guide" else max(num_particles, num_draws + 1)
         for batch, count in simulator.batches(own, together, progress and group.is_first):

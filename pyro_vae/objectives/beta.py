@@ -78,10 +78,10 @@ class BetaELBO(TraceMeanField_ELBO):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles=num_particles)
-        self._schedules = {"beta": beta} if capacity is None else {"beta": beta, "capacity": capacity}
+        self.schedules = {"beta": beta} if capacity is None else {"beta": beta, "capacity": capacity}
         self.plate = plate
         # tensors, so that a compiled loss has them as inputs
-        self._now = {name: torch.tensor(value_at("BetaELBO", name, s, 0)) for name, s in self._schedules.items()}
+        self._now = {name: torch.tensor(value_at("BetaELBO", name, s, 0)) for name, s in self.schedules.items()}
         self._calls = torch.tensor(-1)
         self._driven = False
 
@@ -116,7 +116,7 @@ class BetaELBO(TraceMeanField_ELBO):
         return f"beta = {self.beta:.4g}{'' if self.capacity is None else ' and a capacity'}"
 
     def _set(self, step: int) -> None:
-        for name, schedule in self._schedules.items():
+        for name, schedule in self.schedules.items():
             self._now[name].fill_(value_at("BetaELBO", name, schedule, step))
 
     @one_thread

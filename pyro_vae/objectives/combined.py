@@ -69,7 +69,7 @@ class CombinedELBO(ELBO):
                 "CombinedELBO: expected pairs of an objective and its weight, got none. Try [(Trace_ELBO(), 1.0)]."
             )
         self.elbos = [elbo for elbo, _ in parts]
-        self._schedules = [schedule for _, schedule in parts]
+        self.schedules = [schedule for _, schedule in parts]
         # tensors, so that a compiled loss has them as inputs
         self._weights = [torch.tensor(self._weight_at(i, 0), dtype=torch.float64) for i in range(len(parts))]
         self._calls = torch.tensor(-1)
@@ -109,7 +109,7 @@ class CombinedELBO(ELBO):
 
     def _weight_at(self, index: int, step: int) -> float:
         name = f"weight of {type(self.elbos[index]).__name__}"
-        return value_at("CombinedELBO", name, self._schedules[index], step)
+        return value_at("CombinedELBO", name, self.schedules[index], step)
 
     @one_thread
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:

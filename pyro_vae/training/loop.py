@@ -35,6 +35,7 @@ from pyro_vae.training.diagnosis import check_data, look_at, try_out, warn_of_co
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.resume import FitState
+from pyro_vae.training.settings import settings_of
 from pyro_vae.training.shared_loader import begin_epoch
 from pyro_vae.training.steps import Steps
 
@@ -101,8 +102,9 @@ def fit(
             it is looked at as a whole, and then the run goes on from it, on the same random numbers: the same call,
             started again, ends at the same bits as an uninterrupted one, compiled or not (compiled steps on the batches
             of a DataLoader's batch sampler: at the same numbers but for rounding). `num_epochs` may be
-            larger then, `validation_data` and `patience` may be new; a call whose rows, batch size, seed, learning
-            rate, scheduler or loss is another is refused, as far as their numbers and types tell. A writing is tried
+            larger then, `validation_data` and `patience` may be new; a call whose data, batch size, seed, learning
+            rate, clipping, scheduler or loss is another is refused, as far as their numbers and types tell (of the
+            data: shapes, dtypes and some rows; code cannot be compared). A writing is tried
             before training starts, and a second process that trains with the same file is refused. Random numbers of
             NumPy and Python, and those of a DataLoader's persistent workers, are no part of the state.
         progress: show a progress bar, if on a terminal.
@@ -151,18 +153,12 @@ def fit(
         elbo, compiled = _objective(loss, compile, num_epochs * (batches.num_batches or 0))
         optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
         steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
-        rates = [float(group["lr"]) if "lr" in group else None for group in optim.param_groups]
         schedule = None if scheduler is None else _make_scheduler(scheduler, optim)
-        arguments = {
-            "rows": batches.num_rows,
-            "batch_size": batch_size if batches.loader is None else batches.given.batch_size,
-            "seed": seed,
-            "learning_rate": rates[0] if len(rates) == 1 else rates,
-            "scheduler": None if schedule is None else type(schedule).__name__,
-            "loss": type(elbo).__name__,
-        }
+        told = {}
+        if checkpoint is not None:
+            told = settings_of(batches, optim, schedule, elbo, seed=seed, clip_norm=clip_norm, plate=plate)
         loaders = {b.name: b.given for b in (batches, validation) if b is not None and b.loader is not None}
-        state = FitState(weights, steps, schedule, patience, arguments, loaders)
+        state = FitState(weights, steps, schedule, patience, num_epochs, told, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         show = progress and group.is_first
         bars = progress_bar(total, "", show, unit="row", leave=True)

@@ -39,6 +39,7 @@ class FitState:
         steps: whose optimizer and count belong to the state.
         schedule: of the learning rate, if there is one.
         patience: epochs without a lower validation loss, or None; with it the best weights are kept.
+        num_epochs: that the fit is to have in the end.
         arguments: of the fit, plain values by name, which have to be the same when it goes on.
         loaders: by name, whose random generators belong to the state.
 
@@ -53,11 +54,12 @@ class FitState:
         steps: Steps,
         schedule: Any,
         patience: int | None,
+        num_epochs: int,
         arguments: dict[str, Any],
         loaders: dict[str, DataLoader] | None = None,
     ) -> None:
         self.weights, self.steps, self.schedule, self.patience = weights, steps, schedule, patience
-        self.arguments, self.loaders = arguments, LoaderStates(loaders or {})
+        self.num_epochs, self.arguments, self.loaders = num_epochs, arguments, LoaderStates(loaders or {})
         self._ranks = steps.batches.ranks
         self._random = self._ranks.gather(random_state())
         self.result = FitResult()
@@ -188,10 +190,16 @@ class FitState:
             self._refuse_other(path, listed(self._what_does_not_fit(now, saved)))
         except (AttributeError, LookupError, TypeError) as error:  # of a file that somebody made up
             self._refuse_other(path, f"{type(error).__name__}: {error}")
+        epochs = len(saved["losses"]["loss"])
+        if epochs > self.num_epochs:
+            raise ValueError(
+                f"checkpoint: {path} is of {epochs} epochs already; this call has num_epochs={self.num_epochs}. Try "
+                f"num_epochs={epochs} or more, or another file."
+            )
         before = map_tensors(_copy, now)
         try:
             self._load(saved)
-            warm_up(self.steps, len(saved["losses"]["loss"]))
+            warm_up(self.steps, epochs)
             self._load(saved)
         except BaseException as error:
             self._load(before)

@@ -56,10 +56,14 @@ def begin_epoch(loader: DataLoader | None, epoch: int) -> None:
 
 def dataset_fingerprint(loader: DataLoader, rows: list[int]) -> list[tuple]:
     """Digests of some items of a dataset, which tell other data apart; none of items that are drawn anew each time."""
-    if isinstance(loader.sampler, DistributedSampler) or loader.batch_sampler is None:
+    unknown = isinstance(loader.sampler, DistributedSampler) or loader.batch_sampler is None
+    if unknown or isinstance(loader.dataset, IterableDataset):
         return []
-    with fork_random_state():
-        digests = [_digest(loader.dataset[i]) for i in rows for _ in range(2)]
+    try:
+        with fork_random_state():
+            digests = [_digest(loader.dataset[i]) for i in rows for _ in range(2)]
+    except (LookupError, TypeError, ValueError):  # items that have no numbers, or hold something else
+        return []
     return [(a,) for a, b in zip(digests[::2], digests[1::2], strict=True) if a == b]
 
 

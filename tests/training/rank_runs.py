@@ -77,21 +77,15 @@ class Autoencoder:
         return {**vars(result), "weights": self.weights}
 
 
-def plain():
+def recorded(**options):
     """200 steps and more, clipped, with validation, stopped early."""
     pair = Autoencoder()
-    return pair.fit(
-        num_epochs=150, learning_rate=3e-3, compile=False, validation_data=pair.held_out, patience=9, clip_norm=0.2
-    )
+    options |= {"num_epochs": 150, "learning_rate": 3e-3, "patience": 9, "clip_norm": 0.2}
+    return pair.fit(validation_data=pair.held_out, **options)
 
 
-def recorded():
-    pair = Autoencoder()
-    return pair.fit(num_epochs=150, learning_rate=3e-3, validation_data=pair.held_out, patience=9, clip_norm=0.2)
-
-
-def generated():
-    return Autoencoder().fit(num_epochs=3, compile=True)
+def plain():
+    return recorded(compile=False)
 
 
 def ranks_of_their_own_weights():
@@ -169,19 +163,27 @@ def other_data():
 
 
 def other_weights():
-    """Of the pair that evidence is asked of; of a part that does not train; of a data set behind a loader."""
+    """Of evidence; of a part that does not train; of a data set; of what is calibrated."""
     pair = Autoencoder()
     with torch.no_grad():
         pair.decoder.bias += ranks().rank
     estimate = functools.partial(importance_sampling, num_particles=5, progress=False)
     of_evidence = _message(functools.partial(estimate, pair.model, pair.own_guide, pair.x, pair.noise))
-    pair = Autoencoder()
-    pair.decoder.bias.requires_grad_(False).add_(ranks().rank)
+    frozen = (pair := Autoencoder()).decoder.bias
+    frozen.requires_grad_(False).add_(ranks().rank)
     pair.fit(num_epochs=1)
-    frozen = pair.decoder.bias.clone()
     pair = Autoencoder()
     own = TensorDataset(pair.x.roll(ranks().rank, 0), pair.noise)
-    return of_evidence, frozen, _message(functools.partial(pair.fit, DataLoader(own, 32)))
+    of_loader = _message(functools.partial(pair.fit, DataLoader(own, 32)))
+    with torch.no_grad():
+        pair.decoder.bias += ranks().rank
+    simulate = functools.partial(simulation_based_calibration, num_simulations=10, progress=False)
+    return (
+        of_evidence,
+        frozen,
+        of_loader,
+        _message(functools.partial(simulate, pair.model, pair.own_guide, pair.x, pair.noise)),
+    )
 
 
 def globals_of_each_batch():
@@ -306,7 +308,7 @@ def resumed():
 
 def resumed_draws():
     """What the ranks draw after a file that one process wrote."""
-    path = CHECKPOINT.with_name("draws.checkpoint")
+    path = CHECKPOINT.with_name(f"draws{ranks().size}.checkpoint")
     if ranks().is_first:
         with alone():
             Autoencoder().fit(num_epochs=1, checkpoint=path)

@@ -1,5 +1,6 @@
 """The same script under torchrun: two ranks end where one process does."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -43,10 +44,16 @@ def run(folder, *names):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """{number of ranks: what each rank found}."""
-    folder = tmp_path_factory.mktemp("ranks")
-    out = run(folder, *RUNS)
-    assert out.returncode == 0, out.stderr[-3000:]
+    """{number of ranks: what each rank found}. Of several test processes the first runs them for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "out").exists():
+            out = run(folder, *RUNS)
+            (folder / "out").write_text(out.stderr if out.returncode else "")
+    assert (folder / "out").read_text()[-3000:] == ""
     files = {1: ["one"], 2: ["0", "1"]}
     return {n: [torch.load(folder / f"{name}.pt", weights_only=False) for name in files[n]] for n in files}
 
@@ -100,8 +107,9 @@ def test_ranks_that_do_not_do_the_same_are_told(found):
 
 
 def test_ranks_of_other_weights_and_data_sets_are_told_or_made_the_same(found):
-    for of_evidence, _, of_loader in (rank["other_weights"] for rank in found[2]):
+    for of_evidence, _, of_loader, of_calibration in (rank["other_weights"] for rank in found[2]):
         assert "expected the same rows, model, guide or weights in all 2 ranks" in of_evidence
+        assert "expected the same rows, model, guide or weights in all 2 ranks" in of_calibration
         assert "expected the same data in all 2 ranks" in of_loader
     assert torch.equal(*(rank["other_weights"][1] for rank in found[2]))
 

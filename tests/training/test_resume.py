@@ -5,11 +5,11 @@ import math
 import pyro
 import pytest
 import torch
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, small_vae
 
-from pyro_vae import BetaELBO, fit
+from pyro_vae import BetaELBO, CombinedELBO, fit
 from pyro_vae.checkpoint import read, save_weights, write
 from pyro_vae.objectives.schedules import linear
 
@@ -92,8 +92,11 @@ def groups(parameters):
         ({"seed": None}, "seed=0", "seed=None"),
         ({"learning_rate": 0.1}, "learning_rate=0.001", "learning_rate=0.1"),
         ({"optimizer": lambda p: torch.optim.Adam(p, lr=0.1)}, "learning_rate=0.001", "learning_rate=0.1"),
-        ({"rows": 20}, "rows=30", "rows=20"),
-        ({"loss": TraceMeanField_ELBO()}, "loss='Trace_ELBO'", "loss='TraceMeanField_ELBO'"),
+        ({"rows": 20}, "rows=30, data='.*'", "rows=20, data='.*'"),
+        ({"loss": TraceMeanField_ELBO()}, r"loss='Trace_ELBO\(\)'", r"loss='TraceMeanField_ELBO\(\)'"),
+        ({"loss": Trace_ELBO(2)}, r"loss='Trace_ELBO\(\)'", r"loss='Trace_ELBO\(num_particles=2\)'"),
+        ({"clip_norm": 1.0}, "clip_norm=None", "clip_norm=1.0"),
+        ({"last": 9.0}, "data='.*'", "data='.*'"),
         ({"scheduler": decay}, "scheduler=None", "scheduler='ExponentialLR'"),
     ],
 )
@@ -101,9 +104,40 @@ def test_another_run_is_refused(tmp_path, x, change, written, given):
     run(tmp_path / "l.pt", x)
     vae, change = linear_vae(2, 4), dict(change)
     before = weights(vae)
+    rows = x[: change.pop("rows", 30)].clone()
+    rows[-1, -1] = change.pop("last", rows[-1, -1])
     with pytest.raises(ValueError, match=f"l.pt was written with {written}; this call has {given}. Try the same"):
-        run(tmp_path / "l.pt", x[: change.pop("rows", 30)], num_epochs=3, vae=vae, **change)
+        run(tmp_path / "l.pt", rows, num_epochs=3, vae=vae, **change)
     assert same(before, weights(vae))
+
+
+@pytest.mark.filterwarnings("ignore:fit ended at beta")
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (BetaELBO(2.0), BetaELBO(3.0)),
+        (BetaELBO(linear(10)), BetaELBO(linear(20))),
+        (CombinedELBO([(Trace_ELBO(), 1.0)]), CombinedELBO([(Trace_ELBO(), 2.0)])),
+        (CombinedELBO([(Trace_ELBO(), 1.0)]), CombinedELBO([(Trace_ELBO(2), 1.0)])),
+    ],
+)
+def test_an_objective_of_other_numbers_is_refused(tmp_path, x, was, now):
+    """The same goes on, whatever it has done in between."""
+    run(tmp_path / "l.pt", x, loss=was)
+    run(tmp_path / "other.pt", x, loss=was)
+    run(tmp_path / "l.pt", x, loss=was, num_epochs=3)
+    with pytest.raises(ValueError, match=r"written with loss='.*'; this call has loss='.*'"):
+        run(tmp_path / "l.pt", x, loss=now, num_epochs=4)
+
+
+def test_fewer_epochs_than_there_are_is_refused(tmp_path, x):
+    result, _ = run(tmp_path / "l.pt", x, num_epochs=3)
+    vae = linear_vae(2, 4)
+    before = weights(vae)
+    with pytest.raises(ValueError, match=r"l.pt is of 3 epochs already; this call has num_epochs=2. Try num_epochs=3"):
+        run(tmp_path / "l.pt", x, num_epochs=2, vae=vae)
+    assert same(before, weights(vae))
+    assert run(tmp_path / "l.pt", x, num_epochs=3)[0].loss == result.loss
 
 
 def test_a_loader_of_other_batches_is_refused(tmp_path, x):
