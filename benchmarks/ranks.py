@@ -2,9 +2,10 @@
 
     python benchmarks/ranks.py
 
-`fit` trains a VAE on batches of images in one process with two threads, and under torchrun in two with one thread each,
-in turns; medians of epochs, then of rounds. What a sum over ranks takes is measured alone as well, over sizes. The cost
-on networks is extrapolated by their latency and bandwidth. The table goes to benchmark_output/ranks.md.
+`fit` trains a VAE on batches of images in one process with two threads, and under torchrun in two with one thread each;
+so does the same VAE in plain torch, under DistributedDataParallel, which sums gradients during the backward pass. They
+take turns; medians of epochs, then of rounds. What a sum over ranks takes is measured alone as well, over sizes. The
+cost on networks is extrapolated by their latency and bandwidth. The table goes to benchmark_output/ranks.md.
 """
 
 from __future__ import annotations
@@ -68,9 +69,36 @@ def work(network: str, batch: int) -> dict:
     return {"step": median(epochs) / STEPS, "wait": median(waiting) / STEPS, "parameters": parameters, "sums": sums}
 
 
-def start(ranks: int, network: str, batch: int) -> dict:
+def plain_torch(network: str, batch: int) -> dict:
+    """Seconds per step of the same VAE and optimizer in plain torch."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    module = peers.Networks(network)
+    module.forward = module.loss
+    optimizer = torch.optim.Adam(module.parameters(), fused=True)
+    if size > 1:
+        torch.distributed.init_process_group("gloo")
+        module = torch.nn.parallel.DistributedDataParallel(module)
+    x = peers.images(network, batch * STEPS // size)
+    times = []
+    for _ in range(EPOCHS):
+        start = time.perf_counter()
+        for rows in torch.randperm(len(x)).split(batch // size):
+            optimizer.zero_grad(set_to_none=True)
+            loss = module(x[rows])
+            loss.backward()
+            optimizer.step()
+            assert loss.isfinite()
+        times.append(time.perf_counter() - start)
+    if size > 1:
+        time.sleep(0.2)  # gloo's threads have to let go of Python objects: with the lock held, their end waits for ever
+        torch.distributed.destroy_process_group()
+    return {"step": median(times[2:]) / STEPS}
+
+
+def start(ranks: int, network: str, batch: int, how: str = "--worker") -> dict:
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launch, __file__, "--worker", network, str(batch)]
+    command = [sys.executable, *launch, __file__, how, network, str(batch)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
     out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     return json.loads(next(line for line in out.splitlines() if line.startswith("{")))
@@ -90,18 +118,21 @@ def ring(size: float, ranks: int, bandwidth: float, latency: float) -> float:
 
 def main() -> None:
     lines = [
-        "| network | batch | parameters | MB per step | one process, 2 threads | two ranks | ratio | in sums |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | batch | parameters | MB per step | one process, 2 threads | two ranks | ratio | in sums "
+        "| plain torch, one process | DistributedDataParallel, two ranks | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     found, sums = {}, []
     for network, batch in CONFIGURATIONS:
-        pairs = [(start(1, network, batch), start(2, network, batch)) for _ in range(ROUNDS)]
-        one, two = (median(run[i]["step"] for run in pairs) for i in range(2))
+        ways = [(1, "--worker"), (2, "--worker"), (1, "--plain-torch"), (2, "--plain-torch")]
+        pairs = [[start(n, network, batch, how) for n, how in ways] for _ in range(ROUNDS)]
+        one, two, plain, parallel = (median(run[i]["step"] for run in pairs) for i in range(4))
         wait, n = median(run[1]["wait"] for run in pairs), pairs[0][0]["parameters"]
         sums += [{int(k): v for k, v in run[1]["sums"].items()} for run in pairs]
         found[network, batch] = one, n
         row = f"| {network} | {batch} | {n:,} | {4e-6 * n:.2f} | {1e3 * one:.2f} ms | {1e3 * two:.2f} ms"
-        lines.append(f"{row} | {one / two:.2f} | {1e3 * wait:.2f} ms |")
+        row = f"{row} | {one / two:.2f} | {1e3 * wait:.2f} ms"
+        lines.append(f"{row} | {1e3 * plain:.2f} ms | {1e3 * parallel:.2f} ms | {plain / parallel:.2f} |")
         print(lines[-1], flush=True)
     latency, bandwidth = line_through({size: median(s[size] for s in sums) for size in SIZES})
     lines += [
@@ -130,5 +161,7 @@ def main() -> None:
 if __name__ == "__main__":
     if "--worker" in sys.argv:
         print(json.dumps(work(sys.argv[-2], int(sys.argv[-1]))), flush=True)
+    elif "--plain-torch" in sys.argv:
+        print(json.dumps(plain_torch(sys.argv[-2], int(sys.argv[-1]))), flush=True)
     else:
         main()

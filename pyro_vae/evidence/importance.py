@@ -102,7 +102,7 @@ def importance_sampling(
             the end, and at most every ten seconds. Where the file exists, these rows are not estimated again, in
             whatever order they come and whichever others come with them; the same call, started again, ends where an
             uninterrupted one would (to the rounding of generated code). A call with another number of particles, seed
-            or option is refused, and so are a model, guide or weights that give other log-weights.
+            or option is refused, and so are a model, guide or weights that give sixteen kept rows other log-weights.
         progress: show a progress bar, if on a terminal.
         **kwargs: what both are called with.
 
