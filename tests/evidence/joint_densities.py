@@ -128,7 +128,7 @@ class EightSchools(Density):
         return Normal(g[:, :1], scale).log_prob(self.x.double()).sum(-1)
 
 
-def on_grid(density, q, *, half_width=8.0, size=121):
+def on_grid(density, q, *, half_width=8.0, size=65):
     """log p(x), and mean and standard deviations of the globals, on a grid around q."""
     step = torch.linspace(-half_width, half_width, size, **F64)
     scale = (q.scale_tril @ q.scale_tril.mT).diagonal().sqrt().double()
@@ -160,13 +160,14 @@ def joint_weights(density, q, count):
     return torch.cat(result)
 
 
-def integrated_weights(density, q, count, num_particles=200):
+def integrated_weights(density, q, count, num_particles=100):
     """Of the globals, the locals of each point integrated given them."""
     result = []
-    for g in q.draw_globals(count).split(1):
-        given = g.expand(num_particles, -1)
+    for g in q.draw_globals(count).split(max(1, 1000 // density.num_points)):
+        given = g.repeat_interleave(num_particles, 0)
         u = q.draw_locals(given)
         prior, conditional = density.log_joint(given, u)
-        points = (conditional - q.log_prob_locals(u, given)).double().logsumexp(0) - math.log(num_particles)
-        result.append(prior[:1].double() + points.sum() - q.log_prob_globals(g).double())
+        weight = (conditional - q.log_prob_locals(u, given)).double().unflatten(0, (len(g), num_particles))
+        points = weight.logsumexp(1) - math.log(num_particles)
+        result.append(prior[::num_particles].double() + points.sum(-1) - q.log_prob_globals(g).double())
     return torch.cat(result)

@@ -42,7 +42,7 @@ def test_a_sandwich_closes_around_the_truth():
     truth = LinearGaussian(3, 5)
     guide = lambda x: truth.guide(x, 1.5)  # noqa: E731
     for estimator in (importance_sampling, adaptive_importance_sampling, annealed_importance_sampling):
-        options = {"num_temperatures": 50} if estimator is annealed_importance_sampling else {}
+        options = {"num_temperatures": 25} if estimator is annealed_importance_sampling else {}
         result = sandwich(truth.model, guide, torch.zeros(200, 5), estimator=estimator, **options)
         gap, error = result.mean
         assert -4 * error < gap < 0.05 + 4 * error

@@ -20,6 +20,9 @@ from pyro_vae.evidence.density import LatentDensity
 from pyro_vae.particles.sampler import ParticleSampler
 
 DISCRETE = ("Bernoulli mixture", "Bernoulli mixture, enumerated")
+NEAR = ESTIMATORS | {  # enough temperatures for guides that are as near as these
+    "annealed": lambda *a, **k: annealed_importance_sampling(*a, num_particles=100, num_temperatures=20, **k)
+}
 CONTINUOUS = [name for name in TRUTHS if name not in DISCRETE]
 
 
@@ -27,7 +30,7 @@ CONTINUOUS = [name for name in TRUTHS if name not in DISCRETE]
 def test_battery_of_truths(name):
     estimators = ["prior", "importance", "importance, jackknife", "importance, defensive", "adaptive", "annealed"]
     for estimator in estimators if name in CONTINUOUS else estimators[:3]:
-        cell = run(TRUTHS[name](), ESTIMATORS[estimator], num_points=4, num_seeds=10)
+        cell = run(TRUTHS[name](), NEAR[estimator], num_points=4, num_seeds=10)
         if not cell.trusted.any():
             assert estimator == "prior"
             continue
@@ -40,7 +43,7 @@ def test_battery_of_truths(name):
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_upper_bounds_lie_above(name):
     for estimator in ("importance", "adaptive", "annealed"):
-        mean, error = run(TRUTHS[name](), ESTIMATORS[estimator], num_points=40, num_seeds=1, upper=True).bias
+        mean, error = run(TRUTHS[name](), NEAR[estimator], num_points=40, num_seeds=1, upper=True).bias
         assert mean > -5 * error - 1e-4, estimator
 
 
@@ -68,7 +71,7 @@ def test_weights_have_the_expectation_that_makes_a_bound(estimator, exact):
 def test_annealing_from_any_start_on_any_schedule(start, schedule, device):
     truth = LinearGaussian(3, 5, device=device)
     x = truth.sample(20)
-    options = {"start": start, "schedule": schedule, "num_particles": 64, "num_temperatures": 60}
+    options = {"start": start, "schedule": schedule, "num_particles": 64, "num_temperatures": 25}
     evidence = annealed_importance_sampling(truth.model, lambda x: truth.guide(x, 2.0), x, **options)
     z = (evidence.log_evidence - truth.log_evidence(x)) / (evidence.standard_error + 1e-4)
     assert z.abs().max() < 5
@@ -80,7 +83,7 @@ def test_more_temperatures_are_better():
     x = truth.sample(10)
     few, many = (
         annealed_importance_sampling(truth.model, truth.guide, x, start="prior", num_particles=8, num_temperatures=t)
-        for t in (5, 200)
+        for t in (5, 100)
     )
     exact = truth.log_evidence(x)
     assert (few.log_evidence - exact).mean() < -20
@@ -149,9 +152,9 @@ def test_latents_of_any_support():
     prior, likelihood, posterior = density.log_all(u)
     torch.testing.assert_close(prior + likelihood - posterior, particles.log_weight, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(likelihood, particles.log_likelihood, atol=1e-3, rtol=1e-4)
-    reference = importance_sampling(bounded, bounded_guide, x, num_particles=100_000, plate="rows")
+    reference = importance_sampling(bounded, bounded_guide, x, num_particles=30_000, plate="rows")
     for estimator in (adaptive_importance_sampling, annealed_importance_sampling):
-        options = {"num_temperatures": 50} if estimator is annealed_importance_sampling else {}
+        options = {"num_temperatures": 25} if estimator is annealed_importance_sampling else {}
         evidence = estimator(bounded, bounded_guide, x, plate="rows", num_particles=300, **options)
         error = (evidence.standard_error.square() + reference.standard_error.square()).sqrt()
         assert ((evidence.log_evidence - reference.log_evidence).abs() < 5 * error).all()
@@ -181,7 +184,8 @@ def test_masked_latents_are_left_out_of_every_density():
         adaptive_importance_sampling(model, guide, x, has)
     exact = dist.Normal(0.0, torch.where(has, math.sqrt(2.0), 1.0)).log_prob(x)
     for estimator in (importance_sampling, annealed_importance_sampling):
-        evidence = estimator(model, guide, x, has)
+        options = {"num_temperatures": 50} if estimator is annealed_importance_sampling else {}
+        evidence = estimator(model, guide, x, has, **options)
         assert ((evidence.log_evidence - exact).abs() < 5 * evidence.standard_error + 1e-5).all()
 
 
@@ -207,9 +211,9 @@ def test_the_density_of_unconstrained_latents_integrates_to_one():
 @pytest.mark.parametrize("estimator", [adaptive_importance_sampling, annealed_importance_sampling])
 def test_any_chunk_size_gives_the_same_answer_and_a_seed_repeats(estimator):
     truth = LinearGaussian(2, 3)
-    x = truth.sample(9)
+    x = truth.sample(7)
     runs = []
-    options = {"num_temperatures": 5} if estimator is annealed_importance_sampling else {}
+    options = {"num_temperatures": 4, "num_leapfrog": 3} if estimator is annealed_importance_sampling else {}
     for chunk_size in (None, None, 64, 15):
         pyro.set_rng_seed(0)
         guide = lambda x: truth.guide(x, 1.5)  # noqa: E731

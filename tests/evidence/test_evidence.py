@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -23,19 +24,17 @@ def test_agrees_with_quadrature_and_full_covariance_has_the_higher_elbo(device):
         for p in truth.likelihood.parameters():
             p.mul_(2.5)
     x = truth.generate(400)
-    elbo = {}
+    rows, elbo = x[:60].to(device), {}
+    exact = quadrature(truth, rows.cpu(), points=121)  # of the likelihood, which both have
     for full in (False, True):
         vae = small_vae(full=full)
         vae.likelihood.load_state_dict(truth.likelihood.state_dict())
         vae.likelihood.requires_grad_(False)
         vae = vae.to(device)
         result = fit(
-            vae.model, vae.guide, x.to(device), num_epochs=150, learning_rate=5e-3, loss=TraceMeanField_ELBO(), seed=0
+            vae.model, vae.guide, x.to(device), num_epochs=80, learning_rate=1e-2, loss=TraceMeanField_ELBO(), seed=0
         )
         elbo[full] = -np.mean(result.loss[-30:])
-        rows = x[:60].to(device)
-        exact = quadrature(vae.cpu(), rows.cpu())
-        vae.to(device)
         evidence = importance_sampling(vae.model, vae.guide, rows, num_particles=5000)
         z = (evidence.log_evidence.cpu() - exact) / evidence.standard_error.cpu()
         assert z.abs().max() < 5
@@ -96,10 +95,15 @@ def test_error_bars_cover_the_truth():
 
 
 def test_standard_error_of_the_mean():
+    """Two hundred runs at once: rows are drawn independently."""
     truth = LinearGaussian(2, 4)
     x = truth.sample(30)
-    runs = [importance_sampling(truth.model, lambda x: truth.guide(x, 1.7), x, num_particles=50) for _ in range(200)]
+    together = importance_sampling(truth.model, lambda x: truth.guide(x, 1.7), x.repeat(200, 1), num_particles=50)
+    fields = ("log_evidence", "standard_error", "effective_sample_size", "pareto_khat", "num_zero")
+    each = zip(*(getattr(together, name).split(30) for name in fields), strict=True)
+    runs = [replace(together, **dict(zip(fields, values, strict=True))) for values in each]
     means, spreads, errors = np.array([run.mean for run in runs]).T
+    assert errors.shape == (200,)
     assert errors.mean() == pytest.approx(means.std(), rel=0.2)
     assert spreads.mean() == pytest.approx(truth.log_evidence(x).std().item() / math.sqrt(30), rel=0.05)
 
@@ -126,7 +130,7 @@ def test_the_same_weights_in_any_chunks(count):
     torch.testing.assert_close(error, delta)
 
 
-@pytest.mark.parametrize("num_particles", [1, 2, 37, 101])
+@pytest.mark.parametrize("num_particles", [1, 2, 47])
 @pytest.mark.parametrize("chunk_size", [1, 10, 23, 10_000])
 def test_counts_are_exact_for_any_chunk(num_particles, chunk_size):
     """Twice as wide a guide; K that no chunk divides. An inexact count would show as a shift of the mean weight."""

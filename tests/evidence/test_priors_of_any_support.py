@@ -16,9 +16,9 @@ from pyro_vae.pairs.supports import inside_support, support_of
 X = torch.tensor([0.1, 0.5, 1.0])
 ESTIMATORS = {
     "adaptive": lambda *a: adaptive_importance_sampling(*a, num_particles=20_000, progress=False),
-    "annealed": lambda *a: annealed_importance_sampling(*a, num_particles=1000, num_temperatures=50, progress=False),
+    "annealed": lambda *a: annealed_importance_sampling(*a, num_particles=1000, num_temperatures=15, progress=False),
     "from the prior": lambda *a: annealed_importance_sampling(
-        *a, num_particles=1000, num_temperatures=50, start="prior", progress=False
+        *a, num_particles=1000, num_temperatures=15, start="prior", progress=False
     ),
 }
 estimators = pytest.mark.parametrize("estimator", ESTIMATORS)

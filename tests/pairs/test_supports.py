@@ -23,7 +23,7 @@ ESTIMATORS = {
     "plain": lambda *a: importance_sampling(*a, num_particles=50_000, **QUIET),
     "defensive": lambda *a: importance_sampling(*a, num_particles=50_000, defensive=0.3, **QUIET),
     "adaptive": lambda *a: adaptive_importance_sampling(*a, num_particles=20_000, **QUIET),
-    "annealed": lambda *a: annealed_importance_sampling(*a, num_particles=1000, num_temperatures=50, **QUIET),
+    "annealed": lambda *a: annealed_importance_sampling(*a, num_particles=1000, num_temperatures=15, **QUIET),
 }
 PRIORS = {
     "Uniform": (dist.Uniform(0.0, 1.0), 0.0, 1.0),

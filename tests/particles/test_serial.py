@@ -87,10 +87,10 @@ def test_serial_evidence_is_exact_where_the_truth_is_known():
         truth.guide(x, 1.3)
 
     runs = {
-        importance_sampling: {"num_particles": 2000},
-        prior_sampling: {"num_particles": 3000},
-        adaptive_importance_sampling: {"num_particles": 200},
-        annealed_importance_sampling: {"num_particles": 8, "num_temperatures": 10},
+        importance_sampling: {"num_particles": 700},
+        prior_sampling: {"num_particles": 1500},
+        adaptive_importance_sampling: {"num_particles": 100},
+        annealed_importance_sampling: {"num_particles": 8, "num_temperatures": 4, "num_leapfrog": 3},
     }
     for estimator, options in runs.items():
         evidence = estimator(
@@ -116,7 +116,7 @@ def test_enumerated_sites_are_summed_out_for_each_particle():
 
     x = torch.linspace(-3, 4, 6)
     components = dist.Normal(means, 2**0.5).log_prob(x[:, None]) + weights.log()
-    found = importance_sampling(model, guide, x, num_particles=1500, parallel=False, seed=0, progress=False)
+    found = importance_sampling(model, guide, x, num_particles=500, parallel=False, seed=0, progress=False)
     z = (found.log_evidence - components.logsumexp(1)) / found.standard_error
     assert z.abs().max() < 4.5
 
@@ -126,7 +126,7 @@ def test_enumerated_sites_are_summed_out_for_each_particle():
             y = pyro.sample("y", dist.Categorical(torch.ones(3) / 3))
             pyro.sample("z", dist.Normal(0.5 * (means[y] + x), 1.0))
 
-    found = importance_sampling(model, with_y, x, num_particles=1500, parallel=False, seed=0, progress=False)
+    found = importance_sampling(model, with_y, x, num_particles=500, parallel=False, seed=0, progress=False)
     assert ((found.log_evidence - components.logsumexp(1)) / found.standard_error).abs().max() < 4.5
 
 
@@ -151,7 +151,7 @@ def test_sites_that_come_and_go_with_values(plate):
     counts = torch.arange(3.0)
     terms = dist.Normal(counts, (counts + 0.25).sqrt()).log_prob(x) + torch.tensor([0.2, 0.5, 0.3]).log()
     found = importance_sampling(
-        model, guide, x, num_particles=3000, plate=plate, parallel=False, seed=1, progress=False
+        model, guide, x, num_particles=1000, plate=plate, parallel=False, seed=1, progress=False
     )
     assert (found.log_evidence - terms.logsumexp(0)).abs() < 4.5 * found.standard_error
     particles = draw_particles(model, guide, x, num_particles=50, plate=plate, parallel=False, seed=0)
@@ -210,7 +210,7 @@ def test_a_markov_chain_one_particle_at_a_time():
         lambda x: chain(x, True),
         lambda x: chain(x, False),
         x,
-        num_particles=1500,
+        num_particles=500,
         parallel=False,
         seed=0,
         progress=False,
