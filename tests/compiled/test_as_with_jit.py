@@ -127,20 +127,20 @@ def test_floats_keep_the_dtype_of_the_model(dtype, moving):
     assert len(compiled.plans) == 1
 
 
-@pytest.mark.parametrize("sizes", [range(100, 350), [100 + i % 30 for i in range(250)]], ids=["once", "in turn"])
+@pytest.mark.parametrize("sizes", [range(100, 250), [100 + i % 30 for i in range(150)]], ids=["once", "in turn"])
 def test_shapes_that_change_are_left_to_pyro_in_bounded_memory(sizes):
-    pair, x = floats_pair(torch.float32), torch.randn(1200, 3)
+    pair, x = floats_pair(torch.float32), torch.randn(700, 3)
     compiled = CompiledELBO(backend="eager")
     svi = SVI(*pair, pyro.optim.Adam({"lr": 1e-3}), loss=compiled)
     held = []
     tracemalloc.start()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for larger in (0, 250, 500, 750):
+        for larger in (0, 150, 300, 450):
             for n in sizes:
                 svi.step(x[: n + larger], 0.5)
             gc.collect()
             held.append(tracemalloc.get_traced_memory()[0] / 2**20)
     tracemalloc.stop()
     assert len(compiled.plans) <= 8
-    assert held[3] - held[1] < 0.25
+    assert held[3] - held[1] < 0.15

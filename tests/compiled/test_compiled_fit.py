@@ -37,7 +37,7 @@ def run_fit(compile, *, rows=100, batch_size=32, epochs=6, **options):
 )
 def test_compiled_fit_takes_the_steps_of_the_plain_one(options, request):
     """Four batches an epoch, the last of four rows: the whole step, and steps beside it, are those of torch's Adam."""
-    if "scheduler" in options:  # its code is that without one
+    if "clip_norm" not in options:  # a later test has the code of Adam, which a scheduler does not change
         request.getfixturevalue("by_operation")
     plain, expected = run_fit(False, **options)
     compiled, result = run_fit(True, **options)
@@ -52,9 +52,9 @@ def test_replayed_fit_is_the_plain_one_to_the_last_digit():
     assert replayed.loss == pytest.approx(plain.loss, rel=1e-6)
 
 
-def test_three_hundred_compiled_steps_end_where_pyros_do():
-    ends = [run_fit(how, rows=96, epochs=100)[1] for how in (False, True)]
-    assert ends[0].num_steps == 300
+def test_many_compiled_steps_end_where_pyros_do():
+    ends = [run_fit(how, rows=96, epochs=50)[1] for how in (False, True)]
+    assert ends[0].num_steps == 150
     assert ends[0].loss[0] > ends[0].loss[-1] + 1
     mean = [sum(end.loss[-20:]) / 20 for end in ends]
     assert mean[0] == pytest.approx(mean[1], abs=0.02)
@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_is_named_and_moves_nothing(monkeypatch, defer
             self._deferred = True
 
         monkeypatch.setattr(Steps, "__init__", init)
-    for compile in (True, False):
+    for compile in (True, False) if deferred else (True,):
         message, weights = bad_fit(compile)
         assert message == expected[0]
         torch.testing.assert_close(weights, expected[1], rtol=1e-3, atol=1e-5)

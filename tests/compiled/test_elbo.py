@@ -103,8 +103,16 @@ def name(elbo):
 
 
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
-@pytest.mark.parametrize("elbo", ELBOS, ids=name)
-@pytest.mark.parametrize("make", [lambda: small_vae(full=False), lambda: small_vae(full=True), flow_vae])
+@pytest.mark.parametrize(
+    ("elbo", "make"),
+    [
+        *((elbo, lambda: small_vae(full=True)) for elbo in ELBOS),
+        # a divergence of Gaussians in closed form, and draws of a flow
+        *((elbo, lambda: small_vae(full=False)) for elbo in (ELBOS[0], ELBOS[3], ELBOS[8])),
+        *((elbo, flow_vae) for elbo in (ELBOS[0], ELBOS[2], ELBOS[8])),
+    ],
+    ids=name,
+)
 def test_loss_and_gradients_equal_those_of_pyro(elbo, make):
     assert_same(elbo, *vae_pair(make), X)
 
@@ -127,7 +135,6 @@ def test_autoguides(guide):
     ("elbo", "make"),
     [
         (Trace_ELBO(), lambda: vae_pair(lambda: small_vae(full=True))),
-        (TraceMeanField_ELBO(), lambda: vae_pair(lambda: small_vae(full=False))),
         (TraceEnum_ELBO(max_plate_nesting=1), lambda: bernoulli_pair(enumerate=True)),
         (TraceGraph_ELBO(), bernoulli_pair),
     ],

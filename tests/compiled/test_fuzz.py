@@ -20,7 +20,7 @@ from same_as_pyro import gradients
 from pyro_vae import CompiledELBO, importance_sampling
 from pyro_vae.compiled import recording
 
-BLOCK, NUM_BLOCKS = 20, 10  # random pairs of a test, and tests
+BLOCK, NUM_BLOCKS = 20, 5  # random pairs of a test, and tests
 NUM_KNOWN, ROWS = 20, 4
 # two-sided, for all estimates together: of each kind of pair, compiled and not
 THRESHOLD = statistics.NormalDist().inv_cdf(1 - 1e-3 / (2 * 2 * 2 * NUM_KNOWN * ROWS))
@@ -217,7 +217,7 @@ def gaussian_pair(seed):
 def evidence_of(pair, compile, seed):
     torch.manual_seed(1000 + seed)  # other noise for each pair, so that errors are independent
     return importance_sampling(
-        pair.model, pair.guide, *pair.x, num_particles=3000, chunk_size=400, compile=compile, progress=False
+        pair.model, pair.guide, *pair.x, num_particles=1200, chunk_size=160, compile=compile, progress=False
     )
 
 

@@ -1,10 +1,10 @@
-"""Compiled steps of torch's optimizers against torch's own, over 100 or 200 steps in double precision."""
+"""Compiled steps of torch's optimizers against torch's own, over 40 or 100 steps in double precision."""
 
 import pyro
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
+from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from truths import linear_vae
 
@@ -12,7 +12,7 @@ from pyro_vae import CompiledELBO, fit
 from pyro_vae.compiled.adam import WholeStep
 from pyro_vae.compiled.recording import record_gradients
 
-STEPS, FIT_STEPS = 200, 100
+STEPS, FIT_STEPS = 100, 40
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -33,7 +33,7 @@ def count_calls(monkeypatch):
     return calls
 
 
-# -- fit: 25 epochs of three full batches and a ragged one, or 100 of one batch: a scheduler then moves each step ------
+# -- fit: 10 epochs of three full batches and a ragged one, or 40 of one batch: a scheduler then moves each step ------
 
 
 class Freezes:
@@ -45,9 +45,9 @@ class Freezes:
 
     def step(self):
         self.epoch += 1
-        if self.epoch in (8, 16):
+        if self.epoch in (4, 7):
             for p in self.parameters:
-                p.requires_grad_(self.epoch == 16)
+                p.requires_grad_(self.epoch == 7)
 
 
 class Moves:
@@ -133,7 +133,6 @@ WHOLE = {
     "adam, all numbers move": (groups(Adam), {"scheduler": Moves, "every_step": True}),
     "adam, one by one, decoupled": (of(Adam, foreach=False, weight_decay=0.1, decoupled_weight_decay=True), {}),
     "adam, frozen and not": (groups(Adam), {"scheduler": Freezes, "clip_norm": 0.5}),
-    "adamw": (of(AdamW), {"clip_norm": 0.5}),
     "adamw, cycle each step": (of(AdamW, weight_decay=0.1), {"scheduler": cycle(FIT_STEPS), "every_step": True}),
     "adamw, groups": (groups(AdamW, weight_decay=0.2), {"scheduler": decaying}),
     "adamw, all numbers move": (groups(AdamW), {"scheduler": Moves}),
@@ -141,7 +140,11 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("case", WHOLE)
+# the two whose numbers move in each step: the others would take seconds each, for code of the same operations
+GENERATED = ["adam, all numbers move", "adamw, cycle each step"]
+
+
+@pytest.mark.parametrize("case", [case for case in WHOLE if case not in GENERATED])
 def test_whole_steps_are_those_of_torch(case, calls):
     optimizer, options = WHOLE[case]
     expected = run(False, optimizer, **options)
@@ -150,7 +153,7 @@ def test_whole_steps_are_those_of_torch(case, calls):
     assert len(calls) >= FIT_STEPS // 4  # where shapes change, a recording is made late
 
 
-@pytest.mark.parametrize("case", ["adam, all numbers move", "adamw, cycle each step"])
+@pytest.mark.parametrize("case", GENERATED)
 def test_generated_code_takes_the_steps_of_torch(case, monkeypatch):
     optimizer, options = WHOLE[case]
     expected, calls = run(False, optimizer, **options), count_calls(monkeypatch)
@@ -160,13 +163,13 @@ def test_generated_code_takes_the_steps_of_torch(case, monkeypatch):
 
 PLAIN = {
     "sgd": (of(SGD), {"clip_norm": 0.5}),
-    "sgd, momentum": (of(SGD, momentum=0.9, weight_decay=0.1), {"scheduler": cycle(FIT_STEPS // 4)}),
-    "sgd, momentum, cycle each step": (of(SGD, momentum=0.9), {"scheduler": cycle(FIT_STEPS), "every_step": True}),
+    "sgd, momentum, cycle each step": (
+        of(SGD, momentum=0.9, weight_decay=0.1),
+        {"scheduler": cycle(FIT_STEPS), "every_step": True},
+    ),
     "sgd, nesterov": (of(SGD, momentum=0.9, nesterov=True), {"scheduler": Freezes}),
     "rmsprop": (of(RMSprop, momentum=0.5, centered=True), {"scheduler": decaying}),
-    "adagrad": (of(Adagrad), {}),
     "nadam": (of(NAdam, weight_decay=0.1, decoupled_weight_decay=True), {"scheduler": cycle(FIT_STEPS // 4)}),
-    "radam": (of(RAdam), {"clip_norm": 0.5}),
     "amsgrad": (of(Adam, amsgrad=True), {"scheduler": cycle(FIT_STEPS // 4)}),
     "adamw, amsgrad": (groups(AdamW, amsgrad=True), {}),
     "maximize": (of(Adam, maximize=True, lr=1e-4), {}),
@@ -292,19 +295,19 @@ def replaced(optimizer, problem):
     optimizer.step = step
 
 
-CHANGES = {  # and how many of the 199 steps that follow the first are not whole
+CHANGES = {  # and how many of the 99 steps that follow the first are not whole
     "nothing": ({}, 0),
-    "state is loaded": ({50: loaded, 120: loaded}, 2),
-    "counts are set": ({50: counts_set, 120: counts_set}, 2),
-    "state is forgotten": ({50: lambda optimizer, problem: optimizer.state.pop(problem.parameters[0])}, 1),
-    "a moment is another tensor": ({50: moment_replaced}, 1),
-    "a group is added": ({50: lambda optimizer, problem: optimizer.add_param_group({"params": problem.later})}, 1),
-    "a parameter moves to another group": ({50: moved_to_another_group}, 1),
-    "a parameter is left out": ({50: lambda optimizer, _: optimizer.param_groups[0]["params"].pop(0)}, 1),
-    "decay is decoupled": ({50: toggled("decoupled_weight_decay"), 120: toggled("decoupled_weight_decay")}, 2),
-    "maximize": ({50: toggled("maximize"), 120: toggled("maximize")}, 71),
-    "a hook": ({50: hooked, 120: lambda _, problem: problem.hook.remove()}, 71),
-    "another step": ({50: replaced, 120: lambda optimizer, _: vars(optimizer).pop("step")}, 71),
+    "state is loaded": ({25: loaded, 60: loaded}, 2),
+    "counts are set": ({25: counts_set, 60: counts_set}, 2),
+    "state is forgotten": ({25: lambda optimizer, problem: optimizer.state.pop(problem.parameters[0])}, 1),
+    "a moment is another tensor": ({25: moment_replaced}, 1),
+    "a group is added": ({25: lambda optimizer, problem: optimizer.add_param_group({"params": problem.later})}, 1),
+    "a parameter moves to another group": ({25: moved_to_another_group}, 1),
+    "a parameter is left out": ({25: lambda optimizer, _: optimizer.param_groups[0]["params"].pop(0)}, 1),
+    "decay is decoupled": ({25: toggled("decoupled_weight_decay"), 60: toggled("decoupled_weight_decay")}, 2),
+    "maximize": ({25: toggled("maximize"), 60: toggled("maximize")}, 36),
+    "a hook": ({25: hooked, 60: lambda _, problem: problem.hook.remove()}, 36),
+    "another step": ({25: replaced, 60: lambda optimizer, _: vars(optimizer).pop("step")}, 36),
 }
 
 

@@ -76,7 +76,7 @@ def test_a_simplex_against_the_dirichlet():
     counts = torch.stack([torch.bincount(row.multinomial(30, True), minlength=3) for row in p]).float()
     network = MLP(3, [32])
     guide = AmortizedFlow(model, network, inputs=lambda counts: (counts + 1).log())
-    trained(model, guide, counts[:500], num_epochs=40, learning_rate=0.02)
+    trained(model, guide, counts[:500], num_epochs=32, learning_rate=0.02)
     held_out = counts[500:]
     gap = dist.DirichletMultinomial(concentration, 30).log_prob(held_out).double() - elbo(model, guide, held_out)
     assert -0.01 < gap.mean() < 0.02, gap.mean()
@@ -103,7 +103,7 @@ def test_a_simplex_against_quadrature(make, largest_gap, largest_error):
 
     torch.manual_seed(0)
     data = dist.Normal((dist.Dirichlet(concentration).sample((500,)) * slope).sum(-1), 0.2).sample()
-    guide = trained(model, make(model, MLP(1, [32])), data, num_epochs=30, learning_rate=0.02)
+    guide = trained(model, make(model, MLP(1, [32])), data, num_epochs=22, learning_rate=0.02)
     x = torch.linspace(0.2, 1.5, 8)
     cells = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     first, share = torch.cartesian_prod(cells, cells).T  # p₂ = share (1 − p₁)
@@ -168,9 +168,9 @@ def test_locals_that_are_conditioned_on_globals():
         guide = AmortizedMultivariateNormal(model, nn.Identity(), outside=AutoMultivariateNormal, given=given)
         fit(
             *(model, guide, x),
-            num_epochs=500,
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.05),
-            scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500),
+            num_epochs=200,
+            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200),
             loss=Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1),
             seed=0,
             compile=False,

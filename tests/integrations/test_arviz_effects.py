@@ -11,12 +11,11 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import (
     AutoGaussian,
     AutoHierarchicalNormalMessenger,
-    AutoLowRankMultivariateNormal,
     AutoMessenger,
     AutoNormal,
     AutoNormalMessenger,
 )
-from trees import dims, elpd, flat, sampled, trained
+from trees import dims, elpd, flat, trained, with_draws
 
 from pyro_vae import from_pyro, from_pyro_svi
 
@@ -35,15 +34,15 @@ def exact_evidence(x):
     return dist.MultivariateNormal(torch.zeros(len(x)).double(), covariance).log_prob(x.double()).item()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [AutoNormal, AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoGaussian, AutoLowRankMultivariateNormal],
-)
+@pytest.mark.parametrize("make", [AutoNormalMessenger, AutoHierarchicalNormalMessenger, AutoGaussian])
 def test_guides_that_draw_in_other_ways(make):
-    """With auxiliary sites, with plates or without, in the model's own order: weights mean the evidence."""
+    """With auxiliary sites, with plates or without, in the model's own order: weights mean the evidence.
+
+    Eight schools have those of AutoNormal and of AutoMultivariateNormal.
+    """
     x = torch.tensor([-1.0, 0.5, 2.0])
     alone = issubclass(make, AutoMessenger)  # one particle at a time, and so more steps
-    guide = trained(effects, make, x, steps=1500 if alone else 400, together=not alone)
+    guide = trained(effects, make, x, steps=400 if alone else 150, together=not alone, learning_rate=0.05)
     tree = from_pyro_svi(effects, guide, x, seed=0)
     assert dims(tree, "posterior") == {"mean": "chain draw", "z": "chain draw data"}
     assert dims(tree, "observed_data") == {"x": "data"}
@@ -62,11 +61,18 @@ def exact_left_out(x):
     return dist.Normal(mean, variance.sqrt()).log_prob(x).sum().item()
 
 
+def exact_draws(x, count):
+    """Of the mean given the data, and of the effects given both."""
+    precision = 1 + len(x) / 1.09
+    mean = dist.Normal(x.sum() / 1.09 / precision, precision**-0.5).sample((count,))
+    return {"mean": mean, "z": dist.Normal((x + 0.09 * mean[:, None]) / 1.09, (0.09 / 1.09) ** 0.5).sample()}
+
+
 def test_integrated_leave_one_out_of_random_effects():
     """It is that of exact refits within its error; the conditional one is far off."""
     pyro.set_rng_seed(0)
     x = torch.randn(60) * 1.09**0.5 + 0.5
-    mcmc = sampled(effects, x, num_samples=300, warmup_steps=200)
+    mcmc = with_draws(exact_draws(x, 200), effects, x)
     tree = from_pyro(mcmc)
     assert elpd(tree)[0] == pytest.approx(exact_left_out(x), abs=0.3)
     assert elpd(tree)[1] == pytest.approx(1.0, abs=0.5)
@@ -74,7 +80,7 @@ def test_integrated_leave_one_out_of_random_effects():
     with warnings.catch_warnings(action="ignore"):
         assert elpd(conditional)[0] > exact_left_out(x) + 10
         assert elpd(conditional)[1] > 30
-    guide = trained(effects, AutoNormal, x, steps=1000)
+    guide = trained(effects, AutoNormal, x, steps=300)
     tree = from_pyro_svi(effects, guide, x, num_samples=500)
     assert elpd(tree)[0] == pytest.approx(exact_left_out(x), abs=0.3)
 
@@ -98,8 +104,8 @@ def test_latents_that_are_summed_and_integrated():
 
     x = torch.tensor([-3.0, 0.0, 1.0, 3.0])
     for tree in (
-        from_pyro_svi(model, guide, x, num_samples=300),
-        from_pyro(sampled(model, x, num_samples=300, warmup_steps=100)),
+        from_pyro_svi(model, guide, x, num_samples=100),
+        from_pyro(with_draws({"mean": torch.randn(100), "z": torch.randn(100, 4)}, model, x)),
     ):
         mean = flat(tree, "posterior", "mean")[:, None, None]
         terms = shares.log() + dist.Normal(mean + offsets, 1.25**0.5).log_prob(x[:, None])

@@ -14,7 +14,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import LocScaleReparam
-from trees import GROUPS, dims, elpd, flat, groups, sampled, trained
+from trees import GROUPS, dims, elpd, flat, groups, sampled, trained, with_draws
 
 from pyro_vae import from_pyro, from_pyro_svi
 
@@ -86,7 +86,7 @@ def exact_draws(count):
 
 
 def test_eight_schools_by_nuts():
-    tree = from_pyro(sampled(schools, SIGMA, Y, num_samples=300, warmup_steps=200))
+    tree = from_pyro(sampled(schools, SIGMA, Y, num_samples=120, warmup_steps=60))
     _, tau, mu = quadrature()
     assert (round(mu, 1), round(tau, 1)) == (4.4, 3.6)
     for name, exact in (("mu", mu), ("tau", tau)):
@@ -99,17 +99,12 @@ def test_eight_schools_by_nuts():
 def test_leave_one_out_of_eight_schools():
     """It is that of exact refits, at exact draws, and compares the hierarchical model with the pooled one."""
     pyro.set_rng_seed(0)
-    runs = {
-        name: sampled(m, SIGMA, Y, num_samples=2, warmup_steps=2)
-        for name, m in (("schools", schools), ("pooled", pooled))
-    }
     mean, variance = (t.item() for t in log_marginal(torch.zeros(1).double(), slice(None))[1:])
-    draws = exact_draws(1500)
-    runs["schools"]._samples = {name: value.float()[None] for name, value in draws.items()}
-    runs["pooled"]._samples = {"mu": (mean + variance**0.5 * torch.randn(1, 1500))}
-    for mcmc in runs.values():
-        mcmc._diagnostics = [{"divergences": []}]
-    trees = {name: from_pyro(mcmc) for name, mcmc in runs.items()}
+    draws = {name: value.float() for name, value in exact_draws(600).items()}
+    trees = {
+        "schools": from_pyro(with_draws(draws, schools, SIGMA, Y)),
+        "pooled": from_pyro(with_draws({"mu": mean + variance**0.5 * torch.randn(600)}, pooled, SIGMA, Y)),
+    }
     tree = trees["schools"]
     assert elpd(tree)[0] == pytest.approx(left_out(), abs=0.1)
     assert elpd(tree)[1] == pytest.approx(0.4, abs=0.2)  # of mu and tau; theta is integrated out
@@ -125,7 +120,7 @@ def test_leave_one_out_of_eight_schools():
 @pytest.mark.parametrize("make", [AutoNormal, AutoMultivariateNormal])
 def test_eight_schools_by_svi(make):
     """The guide draws each latent by itself, or all of them together."""
-    tree = from_pyro_svi(schools, trained(schools, make, SIGMA, Y, steps=800), SIGMA, Y, seed=0)
+    tree = from_pyro_svi(schools, trained(schools, make, SIGMA, Y, steps=400), SIGMA, Y, seed=0)
     assert groups(tree) == GROUPS | {"constant_data"}
     assert dims(tree, "posterior") == {
         "mu": "chain draw", "raw": "chain draw school", "tau": "chain draw", "theta": "chain draw school",
@@ -155,7 +150,8 @@ def test_eight_schools_by_svi(make):
 
 def test_globals_alone():
     """Without latents of data points log p(y_n|θ) is exact, and so is what weights say of the evidence."""
-    tree = from_pyro_svi(pooled, trained(pooled, AutoNormal, SIGMA, Y), SIGMA, Y, num_samples=500)
+    guide = trained(pooled, AutoNormal, SIGMA, Y, steps=150, learning_rate=0.1)
+    tree = from_pyro_svi(pooled, guide, SIGMA, Y, num_samples=500)
     mu = flat(tree, "posterior", "mu")[:, None]
     expected = dist.Normal(mu, SIGMA).log_prob(Y)
     torch.testing.assert_close(flat(tree, "log_likelihood", "y").float(), expected)
@@ -167,8 +163,9 @@ def test_globals_alone():
 
 
 def test_priors_are_priors():
-    """Draws of the prior have latents of the prior outside too, not those of the guide."""
-    tree = from_pyro_svi(schools, trained(schools, AutoNormal, SIGMA, Y, steps=300), SIGMA, Y, num_samples=2000)
+    """Draws of the prior have latents of the prior outside too, not those of the guide, which are near its start."""
+    tree = from_pyro_svi(schools, AutoNormal(schools), SIGMA, Y, num_samples=2000)
+    assert flat(tree, "posterior", "mu").std() < 1
     assert flat(tree, "prior", "mu").std().item() == pytest.approx(5.0, abs=5 * 5 / np.sqrt(4000))
     mu, tau, raw, theta = (flat(tree, "prior", name) for name in ("mu", "tau", "raw", "theta"))
     torch.testing.assert_close(theta, mu[:, None] + tau[:, None] * raw)
@@ -177,8 +174,9 @@ def test_priors_are_priors():
 
 
 def test_new_data_have_the_globals_of_the_posterior():
-    guide = trained(schools, AutoNormal, SIGMA, Y, steps=300)
-    tree = from_pyro_svi(schools, guide, SIGMA, Y, num_samples=1000, predictions=(torch.full((30,), 0.01), None))
+    given = {"num_samples": 1000, "predictions": (torch.full((30,), 0.01), None)}
+    tree = from_pyro_svi(schools, AutoNormal(schools), SIGMA, Y, **given)
+    assert flat(tree, "posterior", "mu").std() < 1  # the guide is where it starts, and its globals are not the prior's
     assert dims(tree, "predictions") == {"y": "chain draw school"}
     mu, tau = (flat(tree, "posterior", name)[:, None] for name in ("mu", "tau"))
     scaled = (flat(tree, "predictions", "y") - mu) / (tau.square() + 1e-4).sqrt()
@@ -194,7 +192,7 @@ def test_reparametrised_schools():
             pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
     model = poutine.reparam(centred, {"theta": LocScaleReparam(0.0)})
-    tree = from_pyro_svi(model, trained(model, AutoDiagonalNormal, SIGMA, Y, steps=300), SIGMA, Y, num_samples=300)
+    tree = from_pyro_svi(model, trained(model, AutoDiagonalNormal, SIGMA, Y, steps=100), SIGMA, Y, num_samples=300)
     assert set(dims(tree, "posterior")) == {"mu", "tau", "theta", "theta_decentered"}
     for group in ("observed_data", "log_likelihood", "posterior_predictive"):
         assert list(dims(tree, group)) == ["y"]

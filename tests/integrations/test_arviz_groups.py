@@ -8,7 +8,7 @@ import pytest
 import torch
 import xarray as xr
 from pyro.infer import MCMC, NUTS
-from trees import ARVIZ_1, back_from, dataset, dims, groups
+from trees import ARVIZ_1, back_from, dataset, dims, groups, with_draws
 
 from pyro_vae import from_pyro, from_pyro_svi
 
@@ -61,9 +61,7 @@ def test_steps_are_stacked(y):
 
 
 def mcmc(y):
-    run = MCMC(NUTS(chain, max_tree_depth=3), num_samples=10, warmup_steps=10, disable_progbar=True)
-    run.run(y)
-    return run
+    return with_draws({f"z_{t}": torch.randn(10, len(y)) for t in range(STEPS)}, chain, y)
 
 
 def test_event_dimensions_follow_the_steps():

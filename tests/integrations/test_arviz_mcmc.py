@@ -1,5 +1,6 @@
 """`from_pyro`: what MCMC gives, draw for draw, against closed forms."""
 
+import copy
 import math
 import warnings
 
@@ -12,7 +13,8 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import LocScaleReparam
-from trees import ARVIZ_1, GROUPS, dims, flat, groups
+from test_arviz_globals import exact_draws
+from trees import ARVIZ_1, GROUPS, dims, flat, groups, with_draws
 
 from pyro_vae import from_pyro
 
@@ -51,10 +53,17 @@ def regression(predictor, y):
         pyro.sample("y", dist.Normal(predictor @ beta, scale), obs=y)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mcmc():
+    pyro.set_rng_seed(0)
     predictor = torch.randn(10, 3)
-    return run(regression, predictor, predictor.sum(-1) + 0.1 * torch.randn(10), warmup_steps=150)
+    return run(regression, predictor, predictor.sum(-1) + 0.1 * torch.randn(10), warmup_steps=30)
+
+
+@pytest.fixture(scope="module")
+def schools():
+    pyro.set_rng_seed(0)
+    return with_draws({name: value.float() for name, value in exact_draws(100).items()}, noncentred, SIGMA, Y)
 
 
 def test_numbers(mcmc):
@@ -81,6 +90,7 @@ def test_numbers(mcmc):
 
 
 def test_two_chains(mcmc):
+    mcmc = copy.copy(mcmc)
     mcmc._samples = {name: torch.cat([v, v + 1]) for name, v in mcmc._samples.items()}
     mcmc._diagnostics = [{"divergences": [1, 3]}, {"divergences": [0]}]
     tree = from_pyro(mcmc)
@@ -90,9 +100,9 @@ def test_two_chains(mcmc):
     assert dict(tree["prior"].sizes) == {"chain": 1, "draw": 30, "beta_dim_0": 3}
 
 
-def test_deterministic_sites_in_a_plate():
+def test_deterministic_sites_in_a_plate(schools):
     """Eight schools, not centred: theta is what is asked for."""
-    tree = from_pyro(run(noncentred, SIGMA, Y), coords={"school": list("ABCDEFGH")})
+    tree = from_pyro(schools, coords={"school": list("ABCDEFGH")})
     assert dims(tree, "posterior") == {
         "mu": "chain draw", "raw": "chain draw school", "tau": "chain draw", "theta": "chain draw school",
     }  # fmt: skip
@@ -114,7 +124,7 @@ def test_deterministic_sites_in_a_plate():
 def test_reparametrised_latents():
     """They are latents under their own names, and no data."""
     model = poutine.reparam(centred, {"theta": LocScaleReparam(0.0)})
-    tree = from_pyro(run(model, SIGMA, Y))
+    tree = from_pyro(run(model, SIGMA, Y, num_samples=10, warmup_steps=10))
     assert groups(tree) == GROUPS | {"constant_data"}
     assert dims(tree, "posterior") == {
         "mu": "chain draw", "tau": "chain draw", "theta": "chain draw school",
@@ -129,8 +139,8 @@ def test_reparametrised_latents():
     assert dims(tree, "constant_data") == {"sigma": "school"}
 
 
-def test_lp_is_the_log_joint_in_unconstrained_coordinates():
-    tree = from_pyro(run(noncentred, SIGMA, Y))
+def test_lp_is_the_log_joint_in_unconstrained_coordinates(schools):
+    tree = from_pyro(schools)
     mu, tau, raw, theta = (flat(tree, "posterior", name).double() for name in ("mu", "tau", "raw", "theta"))
     joint = dist.Normal(0.0, 5.0).log_prob(mu) + dist.HalfCauchy(5.0).log_prob(tau)
     joint += dist.Normal(0.0, 1.0).log_prob(raw).sum(-1) + dist.Normal(theta, SIGMA).log_prob(Y).sum(-1)
@@ -158,7 +168,7 @@ def mixture(x):
 
 def test_discrete_latents_are_drawn_given_the_others():
     x = torch.tensor([-2.0, 0.0, 0.5, 2.0])
-    tree = from_pyro(run(mixture, x, num_samples=400, warmup_steps=100))
+    tree = from_pyro(with_draws({"mean": 2 * torch.randn(200, 2)}, mixture, x))
     assert dims(tree, "posterior") == {"mean": "chain draw mean_dim_0", "k": "chain draw data"}
     mean, k = flat(tree, "posterior", "mean"), flat(tree, "posterior", "k")
     terms = torch.tensor([0.3, 0.7]).log() + dist.Normal(mean[:, None], 1.0).log_prob(x[:, None])  # (draws, data, k)
@@ -189,17 +199,17 @@ def test_new_data(mcmc):
         assert residual.std().item() == pytest.approx(1.0, abs=0.3)
 
 
-def test_new_groups_have_latents_of_their_own():
+def test_new_groups_have_latents_of_their_own(schools):
     """A latent of each data point is drawn anew for a new one: the spread of theta is tau, not zero."""
-    tree = from_pyro(run(noncentred, SIGMA, Y, num_samples=100), predictions=(torch.full((50,), 0.01), None))
+    tree = from_pyro(schools, predictions=(torch.full((50,), 0.01), None))
     assert tree["predictions"]["y"].shape == (1, 100, 50)
     mu, tau = (flat(tree, "posterior", name)[:, None] for name in ("mu", "tau"))
     scaled = (flat(tree, "predictions", "y") - mu) / (tau.square() + 1e-4).sqrt()
     assert scaled.std().item() == pytest.approx(1.0, abs=5 / math.sqrt(2 * 5000))
 
 
-def test_sensitivity_to_the_prior():
-    tree = from_pyro(run(noncentred, SIGMA, Y, num_samples=200))
+def test_sensitivity_to_the_prior(schools):
+    tree = from_pyro(schools)
     with warnings.catch_warnings(action="ignore"):
         found = az.psense(tree) if ARVIZ_1 else az.psens(tree, component="prior")
     assert set(found.data_vars) >= {"mu", "tau", "theta"}

@@ -36,8 +36,9 @@ class Counted:
         self.count = 0
 
 
-def sampled(kernel, hook=None, num_samples=200, **options):
-    mcmc = MCMC(kernel, num_samples=num_samples, warmup_steps=100, hook_fn=hook, disable_progbar=True, **options)
+def sampled(kernel, hook=None, num_samples=100, warmup_steps=50, **options):
+    given = {"num_samples": num_samples, "warmup_steps": warmup_steps, "hook_fn": hook, "disable_progbar": True}
+    mcmc = MCMC(kernel, **given, **options)
     mcmc.run()
     return mcmc
 
@@ -64,7 +65,7 @@ def test_statistics(kernel):
     assert ((stats["acceptance_rate"] >= 0) & (stats["acceptance_rate"] <= 1)).all()
     kinetic = stats["energy"] + stats["lp"]  # ½ rᵀr of D standard normal momenta
     assert (kinetic > 0).all()
-    assert kinetic.mean().item() == pytest.approx(DIM / 2, abs=5 * math.sqrt(DIM / 2 / 200))
+    assert kinetic.mean().item() == pytest.approx(DIM / 2, abs=5 * math.sqrt(DIM / 2 / 100))
     if "tree_depth" in stats:
         depth = stats["tree_depth"]
         assert ((2**depth - 1 <= stats["n_steps"]) & (stats["n_steps"] <= 2 ** (depth + 1) - 1)).all()
@@ -85,9 +86,10 @@ def test_energy_is_kept_by_small_steps():
 
     kernel._sample_r = noting
     potentials = []
-    mcmc = sampled(kernel, lambda kernel, params, stage, i: potentials.append(float(kernel.potential_fn(params))))
+    hook = lambda kernel, params, stage, i: potentials.append(float(kernel.potential_fn(params)))  # noqa: E731
+    mcmc = sampled(kernel, hook, num_samples=20, warmup_steps=5)
     energy = torch.tensor(from_pyro(mcmc)["sample_stats"]["energy"].values[0])
-    before = torch.tensor(potentials[-201:-1]) + torch.tensor(starts[-200:])
+    before = torch.tensor(potentials[-21:-1]) + torch.tensor(starts[-20:])
     torch.testing.assert_close(energy.double(), before.double(), atol=2e-3, rtol=2e-3)
 
 
@@ -95,7 +97,7 @@ def test_draws_are_those_without_statistics():
     found = []
     for make in (lambda kernel: kernel, with_statistics):
         pyro.set_rng_seed(0)
-        found.append(sampled(make(NUTS(gaussian)), num_samples=20).get_samples()["z"])
+        found.append(sampled(make(NUTS(gaussian)), num_samples=20, warmup_steps=20).get_samples()["z"])
     assert torch.equal(*found)
 
 
@@ -116,14 +118,14 @@ def test_a_deep_tree_and_divergences():
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_chains_in_processes(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing, "cpu_count", lambda: 3)
-    mcmc = sampled(with_statistics(NUTS(gaussian)), num_samples=10, num_chains=2)
+    mcmc = sampled(with_statistics(NUTS(gaussian)), num_samples=10, warmup_steps=20, num_chains=2)
     tree = from_pyro(mcmc)
     assert tree["sample_stats"]["energy"].shape == (2, 10)
     assert (tree["sample_stats"]["energy"].values > -tree["sample_stats"]["lp"].values).all()
 
 
 def test_without_statistics_there_is_what_pyro_keeps():
-    mcmc = sampled(NUTS(gaussian), num_samples=10)
+    mcmc = sampled(NUTS(gaussian), num_samples=10, warmup_steps=20)
     tree = from_pyro(mcmc)
     assert set(dims(tree, "sample_stats")) == {"diverging", "lp", "step_size"}
     assert tree["sample_stats"].attrs["fraction_accepted"] == mcmc.diagnostics()["acceptance rate"]["chain 0"]

@@ -57,8 +57,8 @@ def squared_error(reduce, x):
 
 def test_the_round_trip_of_a_linear_model_is_that_of_pca():
     """The posterior mean shrinks a factor of variance λ by s²/λ, which costs Σ s⁴/λ: here, 0.8 % of PCA's error."""
-    x = linear_data(10_000)
-    reduce = linear(num_epochs=400, batch_size=10_000, learning_rate=0.02).fit(x)
+    x = linear_data(3000)
+    reduce = linear(num_epochs=400, batch_size=3000, learning_rate=0.02).fit(x)
     best = squared_error(PCA(2).fit(x), x)
     assert best < squared_error(reduce, x) < 1.02 * best
     # at the optimum of probabilistic PCA the noise variance is the mean of the eigenvalues left out

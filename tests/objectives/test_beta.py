@@ -88,11 +88,11 @@ def test_the_linear_optimum():
             vae.model,
             vae.guide,
             x,
-            num_epochs=150,
+            num_epochs=75,
             batch_size=100,
             learning_rate=0.02,
             loss=BetaELBO(beta, num_particles=4),
-            scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 150),
+            scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 75),
             progress=False,
             seed=0,
         )

@@ -35,7 +35,7 @@ def closed_form(a, b, c):
     return torch.tensor([value, precision * (1.25 * a - 1), precision * b, 1 - precision * square])
 
 
-def calls(elbo, args, num=200):
+def calls(elbo, args, num=100):
     """Losses and gradients of many calls."""
     found = []
     for _ in range(num):
@@ -66,7 +66,7 @@ def test_value_and_gradient_are_those_of_the_closed_form(how):
     if how == "recorded":
         assert len(elbo.plans) == 1
         assert not elbo.reasons
-    values = torch.tensor([elbo.loss(model, guide, X, size) for _ in range(200)])
+    values = torch.tensor([elbo.loss(model, guide, X, size) for _ in range(100)])
     assert_mean(values / (size or len(X)), closed_form(0.3, 0.2, -0.1)[0])
 
 
@@ -153,7 +153,7 @@ def test_what_is_outside_of_the_plate_comes_from_the_guide_and_is_not_scored():
             pyro.sample("z", dist.Normal(0.8 * x + b * theta, 0.2**0.5))
 
     values, gradients = [], []
-    for _ in range(200):
+    for _ in range(100):
         loss = ForwardKL().differentiable_loss(shared, local, X)
         loc, b = pyro.param("loc"), pyro.param("b")
         found = torch.autograd.grad(loss, [b, loc], allow_unused=True)
@@ -163,10 +163,10 @@ def test_what_is_outside_of_the_plate_comes_from_the_guide_and_is_not_scored():
     # at b = 0.2 it is the exact posterior given θ, whatever θ is
     assert_mean(torch.stack(values), dist.Normal(0.0, 0.2**0.5).entropy())
     gradients = torch.stack(gradients)
-    assert abs(gradients.mean()) < 4 * gradients.std() / 200**0.5
+    assert abs(gradients.mean()) < 4 * gradients.std() / 100**0.5
     with torch.no_grad():
         pyro.param("b").add_(0.1)  # costs (0.1 θ)² / (2 · 0.2)
-    values = torch.tensor([ForwardKL().loss(shared, local, X) / len(X) for _ in range(200)])
+    values = torch.tensor([ForwardKL().loss(shared, local, X) / len(X) for _ in range(100)])
     assert_mean(values, dist.Normal(0.0, 0.2**0.5).entropy() + 0.01 * 9.01 / 0.4)
 
 
