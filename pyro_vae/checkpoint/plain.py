@@ -7,9 +7,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["describe", "differences", "kind", "listed", "map_tensors"]
+__all__ = ["bytes_of", "describe", "differences", "kind", "listed", "map_tensors"]
 
 DICTS, LISTS = (dict, OrderedDict, Counter), (list, tuple, set)
 NUMBERS = (bool, int, float, complex, str, bytes, type(None))
@@ -85,6 +86,12 @@ def listed(differences: Iterator[str] | list[str], most: int = 5) -> str:
     """The first of them, in one line; empty if there are none."""
     found = list(differences)
     return "; ".join(found[:most]) + ("; …" if len(found) > most else "")
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """The values of a tensor, row by row, whatever its strides are."""
+    values = torch.empty(x.numel(), dtype=x.dtype).copy_(x.detach().reshape(-1))
+    return values.view(torch.uint8).numpy().tobytes()
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ def pack(state: dict[str, Any], where: str) -> bytes:
     if other is not None:
         raise TypeError(f"{where}: expected dense tensors, got another: {other}. Try a file without .safetensors.")
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}  # also of tied ones
+    versions = json.dumps(getattr(state, "_metadata", {}))  # of the modules, which know by it what they once wrote
     try:
-        return safetensors.torch.save(own, {"format": "pt", "pyro_vae": "1", "sha256": _digest(own)})
+        about = {"format": "pt", "pyro_vae": "1", "versions": versions, "sha256": _digest(own, versions)}
+        return safetensors.torch.save(own, about)
     except KeyError as error:
         raise TypeError(f"{where}: the format has no name for {error}. Try a file without .safetensors.") from error
 
@@ -48,20 +51,24 @@ def read(path: str | Path) -> dict[str, Tensor]:
             f"{path} is no whole file in the format of safetensors: {type(error).__name__}: {error}. Try a copy of it, "
             "or another file."
         ) from error
-    if metadata.keys() & {"pyro_vae", "sha256"} and metadata.get("sha256") != _digest(state):
+    versions = metadata.get("versions", "{}")
+    if metadata.keys() & {"pyro_vae", "sha256"} and metadata.get("sha256") != _digest(state, versions):
         raise ValueError(
             f"{path} is damaged: its tensors do not have the checksum that was written with them. Try a copy of it."
         )
-    return state
+    found = OrderedDict(state)
+    if "sha256" in metadata:
+        found._metadata = json.loads(versions)  # type: ignore[attr-defined]
+    return found
 
 
 def _is_dense(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized
 
 
-def _digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, dtypes and values."""
-    found = hashlib.sha256()
+def _digest(state: dict[str, Tensor], versions: str) -> str:
+    """SHA-256 of names, shapes, dtypes and values, and of the versions."""
+    found = hashlib.sha256(versions.encode())
     for name, tensor in sorted(state.items()):
         found.update(f"{name}: {kind(tensor)}\n".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.checkpoint import tensors
 from pyro_vae.checkpoint.container import read, write
-from pyro_vae.checkpoint.plain import differences, listed
+from pyro_vae.checkpoint.plain import bytes_of, differences, listed
 from pyro_vae.checkpoint.replacing import replace_file
 
 __all__ = ["load_weights", "save_weights"]
@@ -42,7 +44,9 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
         True
     """
     _check_order("save_weights", module, path)
-    state = {name: _on_cpu(value) for name, value in _state_of(module).items()}
+    state = _state_of(module)
+    for name, value in state.items():  # in place, as the versions of the module's parts are an attribute of it
+        state[name] = _on_cpu(value)
     if _is_safetensors(path):
         replace_file(path, tensors.pack(state, str(path)))
     else:
@@ -69,7 +73,7 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     if not isinstance(saved, dict):
         raise ValueError(f"{path} was not written by save_weights. Try another file, or save the weights again.")
     present = _state_of(module)
-    wrong = listed(differences(present, saved))
+    wrong = listed(differences(present, saved)) or listed(_apart(present, saved))
     if wrong:
         shapes = [{name: getattr(t, "shape", None) for name, t in state.items()} for state in (present, saved)]
         advice = "in the dtype, as by module.double()," if shapes[0] == shapes[1] else "with the sizes"
@@ -88,6 +92,16 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
             f"{path} cannot be loaded into {type(module).__name__}, which stays as it was: {error} Try to build the "
             "module as it was saved."
         ) from error
+
+
+def _apart(present: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
+    """Says which tensors are one in the module (tied weights), and several of other values in the file."""
+    first: dict[Any, str] = {}
+    for name, t in present.items():
+        if isinstance(t, Tensor) and t.layout is torch.strided and t.numel():
+            other = first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), name)
+            if bytes_of(saved[name]) != bytes_of(saved[other]):
+                yield f"{other} and {name}: expected equal values, as they are one tensor, got others"
 
 
 def _is_safetensors(path: str | Path) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_vae.checkpoint.container import read, write
 from pyro_vae.checkpoint.held import hold
+from pyro_vae.checkpoint.plain import bytes_of
 from pyro_vae.pairs.arrays import slices
 from pyro_vae.pairs.modes import fork_random_state
 from pyro_vae.pairs.seeds import from_seed
@@ -65,7 +66,7 @@ class Finished:
         ranks: Ranks,
         several: bool = False,
     ) -> None:
-        self.path, self.ranks = None if path is None else Path(path), ranks
+        self.path, self.ranks = None if path is None else Path(path).absolute(), ranks
         self.arguments, self.sampler, self.several = dict(arguments), sampler, several
         self._written, self._count = -math.inf, 0
         self._seen: Counter[bytes] = Counter()
@@ -222,7 +223,7 @@ def fingerprint(sampler: ParticleSampler) -> list[str]:
     """Digests of some rows, and of a log-weight of each, which tell other data, models and weights apart."""
     probe = _kept_rows(sampler)
     rows = probe["rows"] or {}
-    return [_hash(*map(_bytes, values)).hex() for values in (rows.values(), [_log_weight(sampler, probe)])]
+    return [_hash(*map(bytes_of, values)).hex() for values in (rows.values(), [_log_weight(sampler, probe)])]
 
 
 def _hash(*parts: Any) -> bytes:
@@ -236,7 +237,7 @@ def _hashes(sampler: ParticleSampler, start: int) -> Iterator[bytes]:
     """A hash of each row at hand."""
     rows = sampler.rows
     if not rows.separable:
-        shared = _hash(*(_bytes(a) for a in (*rows.args, *rows.kwargs.values()) if isinstance(a, Tensor)))
+        shared = _hash(*(bytes_of(a) for a in (*rows.args, *rows.kwargs.values()) if isinstance(a, Tensor)))
         yield from (_hash(shared, start + n) for n in range(sampler.num_points))
         return
     one = _own(sampler, slice(0, 1))
@@ -244,17 +245,13 @@ def _hashes(sampler: ParticleSampler, start: int) -> Iterator[bytes]:
     for some in slices([x.expand(sampler.num_points, *x.shape[1:]) for x in one.values()]):
         columns = [x.cpu() for x in _own(sampler, some).values()]
         for i in range(some.stop - some.start):
-            yield _hash(*names, *(_bytes(x[i]) for x in columns))
+            yield _hash(*names, *(bytes_of(x[i]) for x in columns))
 
 
 def _own(sampler: ParticleSampler, rows: slice) -> dict[Any, Tensor]:
     """The arguments that have rows, cut to some of them."""
     args, kwargs = sampler.rows.cut(rows)
     return {key: x for key, x in (*enumerate(args), *kwargs.items()) if key in sampler.rows.cut_keys}
-
-
-def _bytes(x: Tensor) -> bytes:
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _kept_rows(sampler: ParticleSampler) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class JointDensity:
         around = Layout(sampler.pair.look, None, sampler.rows)
         self._globals = Coordinates({n: latents[n] for n in self.outside}, around, None)
         self._locals = Coordinates({n: latents[n] for n in self.inside}, sampler.layout, None)
+        self._dtype = next((site["value"].dtype for site in latents.values()), None)
         self.global_dim, self.dim = self._globals.dim, self._locals.dim
 
     # -- draws --------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class JointDensity:
     def _join(self, coordinates: Coordinates, trace: object, num_particles: int) -> Tensor:
         points = 1 if coordinates is self._globals else self.num_points
         if not coordinates.dim:
-            return torch.zeros(num_particles, points, 0, device=self.sampler.layout.device)
+            return torch.zeros(num_particles, points, 0, device=self.sampler.layout.device, dtype=self._dtype)
         return coordinates.join(trace).expand(num_particles, points, -1)
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_vae.checkpoint.plain import bytes_of
 from pyro_vae.pairs.arrays import as_tensor, is_array, slices, unless_on_disk
 from pyro_vae.pairs.batches import Batch, check_loader, loaded, num_rows_of
 from pyro_vae.pairs.checks import check_rows, check_support
@@ -19,6 +20,8 @@ from pyro_vae.ranks import Ranks
 from pyro_vae.training.shared_loader import dataset_fingerprint, shared_loader
 
 __all__ = ["Batch", "Batches"]
+
+KNOWN_BY = 2**20  # bytes of each column that tell other data apart
 
 
 class Batches:
@@ -180,12 +183,14 @@ class Batches:
 
     def fingerprint(self) -> list[tuple]:
         """Shape and dtype of each column, and a digest of some of its rows: what tells other data apart."""
-        rows = torch.linspace(0, (self.num_rows or 1) - 1, 5).long().tolist()
-        found: list[tuple] = [] if self.loader is None else dataset_fingerprint(self.given, rows)
+        last = (self.num_rows or 1) - 1
+        if self.loader is not None:
+            return dataset_fingerprint(self.given, torch.linspace(0, last, 5).long().tolist())
+        found: list[tuple] = []
         for key, column in zip(self.keys, self.columns, strict=True):
-            digest = sha256()
-            for row in rows:
-                digest.update(as_tensor(column[row : row + 1]).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest, some = sha256(), next(slices([column], KNOWN_BY)).stop
+            for row in torch.linspace(0, last, min(last + 1, some)).round().long().tolist():
+                digest.update(bytes_of(as_tensor(column[row : row + 1])))
             found.append((key, tuple(column.shape), str(column.dtype), digest.hexdigest()[:16]))
         return found
 

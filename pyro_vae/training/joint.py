@@ -17,14 +17,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from pyro_vae.compiled.audit import Diverged
+from pyro_vae.objectives import BetaELBO, CombinedELBO, ForwardKL, ImportanceWeightedELBO
+from pyro_vae.objectives.protocol import Wrapper
 from pyro_vae.ranks import Ranks
 
-__all__ = ["JointGradient"]
+__all__ = ["JointGradient", "check_sum_over_rows"]
 
 BUCKET_BYTES = 25 * 2**20  # of gradients that travel in one piece: the first is under way while others are packed
+
+
+SUMS = (Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO, BetaELBO, ForwardKL, ImportanceWeightedELBO)
+
+
+def check_sum_over_rows(elbo: ELBO) -> None:
+    """Raises ValueError unless an objective is a sum over data points, of which each rank can take a part."""
+    for part in [elbo.elbo] if isinstance(elbo, Wrapper) else getattr(elbo, "elbos", []):
+        check_sum_over_rows(part)
+    if isinstance(elbo, (Wrapper, CombinedELBO)):
+        return
+    capacity = isinstance(elbo, BetaELBO) and elbo.capacity is not None
+    if not isinstance(elbo, SUMS) or isinstance(elbo, TraceTailAdaptive_ELBO) or capacity:
+        what = "BetaELBO with a capacity" if capacity else type(elbo).__name__
+        raise ValueError(
+            f"loss: expected a sum over data points in several ranks, each of which has rows of a batch, got {what}. "
+            "Try Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO or ImportanceWeightedELBO; or one process."
+        )
 
 
 class JointGradient:
@@ -65,6 +86,7 @@ class JointGradient:
             try:
                 value, norm = own()
             except Exception as error:  # whatever it is, the others would wait for this rank
+                error.add_note(f"This was rank {self.ranks.rank}, whose share of the batch has {rows} rows.")
                 failed = error
         self.share = None if value is None else value + norm
         diverged = isinstance(failed, Diverged)

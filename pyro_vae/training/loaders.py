@@ -13,7 +13,7 @@ from pyro_vae.pairs.modes import fork_random_state
 
 __all__ = ["LoaderStates"]
 
-PARTS = ("sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
+PARTS = ("sampler", "sampler.sampler", "batch_sampler", "batch_sampler.sampler", "dataset")
 
 
 class LoaderStates:

@@ -32,10 +32,11 @@ from pyro_vae.progress import progress_bar
 from pyro_vae.ranks import Ranks, ranks
 from pyro_vae.training.data import Batches
 from pyro_vae.training.diagnosis import check_data, look_at, try_out, warn_of_collapse, warn_of_objective
+from pyro_vae.training.joint import check_sum_over_rows
 from pyro_vae.training.parameters import Weights
 from pyro_vae.training.result import FitResult
 from pyro_vae.training.resume import FitState
-from pyro_vae.training.settings import settings_of
+from pyro_vae.training.settings import known_by, settings_of
 from pyro_vae.training.shared_loader import begin_epoch
 from pyro_vae.training.steps import Steps
 
@@ -106,7 +107,8 @@ def fit(
             rate, clipping, scheduler or loss is another is refused, as far as their numbers and types tell (of the
             data: shapes, dtypes and some rows; code cannot be compared). A writing is tried
             before training starts, and a second process that trains with the same file is refused. Random numbers of
-            NumPy and Python, and those of a DataLoader's persistent workers, are no part of the state.
+            NumPy and Python, those of a DataLoader's persistent workers, and what modules and datasets keep in plain
+            Python attributes, are no part of the state.
         progress: show a progress bar, if on a terminal.
 
     Returns:
@@ -151,14 +153,17 @@ def fit(
         pair, weights = _prepare(model, guide, plate, batches, validation, group.device(device))
         _agree(group, weights, batches, validation)
         elbo, compiled = _objective(loss, compile, num_epochs * (batches.num_batches or 0))
+        if group.several:
+            check_sum_over_rows(elbo)
         optim = _make_optimizer(optimizer, weights.parameters, learning_rate)
         steps = Steps(pair, weights, batches, elbo, optim, clip_norm, compiled)
         schedule = None if scheduler is None else _make_scheduler(scheduler, optim)
-        told = {}
+        told, held = {}, None
         if checkpoint is not None:
             told = settings_of(batches, optim, schedule, elbo, seed=seed, clip_norm=clip_norm, plate=plate)
+            held = None if validation is None else known_by(validation)
         loaders = {b.name: b.given for b in (batches, validation) if b is not None and b.loader is not None}
-        state = FitState(weights, steps, schedule, patience, num_epochs, told, loaders)
+        state = FitState(weights, steps, schedule, patience, num_epochs, told, held, loaders)
         total = None if batches.num_rows is None else num_epochs * batches.num_rows
         show = progress and group.is_first
         bars = progress_bar(total, "", show, unit="row", leave=True)

@@ -1,4 +1,4 @@
-"""The plate of data points in a fit: how many of them a batch counts for, and which latents are outside of it."""
+"""The plate of data points in a fit: how many of them a batch counts for, and what is outside of it."""
 
 from __future__ import annotations
 
@@ -47,10 +47,14 @@ def full_size(pair: Pair, size: int) -> int | None:
 
 
 def warn_of_globals(pair: Pair, batches: Batches, size: int) -> None:
-    """Warns of latents that belong to all rows, where each batch counts as all rows.
+    """Warns of latents, data and factors that belong to all rows, where each batch counts as all rows.
 
     The loss of a batch of B rows holds the KL term of a global latent once. N/B batches hold it N/B times, next to a
-    likelihood that each row enters once: its posterior comes out as wide as from B rows.
+    likelihood that each row enters once: its posterior comes out as wide as from B rows. In several ranks, each of
+    which has a share of the rows of a batch, the batch itself would hold it once for each rank.
+
+    Raises:
+        ValueError: there are such sites, and several ranks.
 
     Args:
         pair: looked at with a batch.
@@ -60,14 +64,13 @@ def warn_of_globals(pair: Pair, batches: Batches, size: int) -> None:
     frame = data_frame(pair, size)
     if frame is None or batches.num_rows is None or not size < batches.num_rows or full_size(pair, size) is not None:
         return
-    sites = sample_sites(pair.look.model)
+    sites = sample_sites(pair.look.guide) | sample_sites(pair.look.model)
     inside = [site for site in sites.values() if is_inside(site, frame.name)]
     scales = {_scale(site) for site in inside if site["is_observed"]}
     found = [
         name
         for name, site in sites.items()
-        if name in pair.latents
-        and not is_inside(site, frame.name)
+        if not is_inside(site, frame.name)
         and size not in site["value"].shape  # rows without a plate
         and _scale(site) in scales  # else poutine.scale takes care of it
     ]
@@ -75,15 +78,15 @@ def warn_of_globals(pair: Pair, batches: Batches, size: int) -> None:
         n, named = batches.num_rows, ", ".join(map(repr, found[:3])) + (", …" if len(found) > 3 else "")
         if batches.ranks.several:
             raise ValueError(
-                f"fit: expected latents inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} "
-                f"rows, in {batches.ranks.size} ranks; got {named} outside of it, whose KL term would count once for "
-                f"each rank. Try pyro.plate({frame.name!r}, {n}, subsample_size=len(x)) in model and guide, or a VAE's "
+                f"fit: expected all sites inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} "
+                f"rows, in {batches.ranks.size} ranks; got {named} outside of it, which would count once for each "
+                f"rank. Try pyro.plate({frame.name!r}, {n}, subsample_size=len(x)) in model and guide, or a VAE's "
                 "total= by functools.partial."
             )
         warn(
-            f"fit: expected latents inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} rows; "
-            f"got {named} outside of it, in batches of {size} rows that each count as all data: the KL term of what "
-            f"is outside weighs {n / size:.3g} times too much, and its posterior is too wide. Try "
+            f"fit: expected all sites inside of plate {frame.name!r}, or a plate that scales a batch up to all {n} "
+            f"rows; got {named} outside of it, in batches of {size} rows that each count as all data: what is outside "
+            f"(a prior, data of its own, a factor) weighs {n / size:.3g} times too much. Try "
             f"pyro.plate({frame.name!r}, {n}, subsample_size=len(x)) in model and guide, a VAE's total={n} by "
             f"functools.partial, or batch_size={n}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class FitState:
         patience: epochs without a lower validation loss, or None; with it the best weights are kept.
         num_epochs: that the fit is to have in the end.
         arguments: of the fit, plain values by name, which have to be the same when it goes on.
+        validation: what tells the validation data apart. With others, the best epoch is looked for anew.
         loaders: by name, whose random generators belong to the state.
 
     Attributes:
@@ -56,10 +58,12 @@ class FitState:
         patience: int | None,
         num_epochs: int,
         arguments: dict[str, Any],
+        validation: str | None = None,
         loaders: dict[str, DataLoader] | None = None,
     ) -> None:
         self.weights, self.steps, self.schedule, self.patience = weights, steps, schedule, patience
-        self.num_epochs, self.arguments, self.loaders = num_epochs, arguments, LoaderStates(loaders or {})
+        self.num_epochs, self.arguments, self.validation = num_epochs, arguments, validation
+        self.loaders = LoaderStates(loaders or {})
         self._ranks = steps.batches.ranks
         self._random = self._ranks.gather(random_state())
         self.result = FitResult()
@@ -105,9 +109,9 @@ class FitState:
         if path is None:
             yield
             return
-        self._path = path
+        self._path = own = Path(path).absolute()  # wherever the script goes meanwhile
         with ExitStack() as held:
-            saved = self._ranks.first_does(lambda: _open(Path(path), held))
+            saved = self._ranks.first_does(lambda: _open(own, held))
             if saved is not None:
                 self._resume(Path(path), saved)
             self._ranks.first_does(self._try_out)
@@ -167,6 +171,7 @@ class FitState:
             "replays": [] if self.steps.compiled is None else [p.audit.replays for p in self.steps.compiled.plans],
             "losses": losses,
             "arguments": self.arguments,
+            "validation": self.validation,
             "random": random,  # of each rank
             "loaders": self.loaders.state(),
         }
@@ -249,7 +254,7 @@ class FitState:
     def _load(self, saved: dict[str, Any]) -> None:
         self.steps.optimizer.load_state_dict(map_tensors(_copy, saved["optimizer"]))
         if self.schedule is not None:
-            self.schedule.load_state_dict(saved["schedule"])
+            self.schedule.load_state_dict(copy.deepcopy(saved["schedule"]))  # some take things out of it
         self.loaders.load(saved["loaders"])
         self.weights.load(saved["weights"])
         self.steps.go_on(saved["steps"])
@@ -259,10 +264,11 @@ class FitState:
                 plan.audit.replays = replays
         vars(self.result).update(saved["losses"])
         self.best = None
-        if self.patience is not None and saved["best"] is not None:
+        same = saved["validation"] == self.validation
+        if self.patience is not None and saved["best"] is not None and same:
             self.best = map_tensors(lambda t: t.to(self.weights.device), saved["best"])
-        elif self.patience is not None:
-            self.result.best_epoch = None  # its weights were not kept: the best is looked for anew
+        elif self.patience is not None or not same:
+            self.result.best_epoch = None  # its weights were not kept, or not compared: the best is looked for anew
         same = len(saved["random"]) == self._ranks.size
         random = saved["random"][self._ranks.rank if same else 0]
         set_random_state((random["cpu"], random["cuda"][: torch.cuda.device_count()]))

@@ -142,7 +142,8 @@ def _of_row(site: dict, plate: str, row: int) -> Tensor | None:
     if frame.dim is None:  # a sequential plate
         return value.sum() if frame.counter - 1 == row else None
     axis = value.dim() + frame.dim
-    return value.select(axis, row).sum() if axis >= 0 and value.shape[axis] == frame.size else None
+    rows = value.shape[axis] if axis >= 0 else 0  # fewer than there are where the plate draws some of them
+    return value.select(axis, row).sum() if row < rows == frame.size else None
 
 
 def _rolled(batch: Batch, shift: int) -> Batch:

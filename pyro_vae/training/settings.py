@@ -11,9 +11,11 @@ from torch import Tensor
 
 from pyro_vae.training.data import Batches
 
-__all__ = ["rates_of", "settings_of"]
+__all__ = ["known_by", "settings_of"]
 
 USUAL = list(vars(Trace_ELBO()).items())
+OWN = ("params", "lr", "initial_lr")  # of a group of parameters: what is compared by itself
+OWN += ("fused", "foreach", "capturable", "differentiable")  # and what makes no difference but for rounding
 STEPS = (0, 1, 10, 100, 1000, 10000, 100000)  # at which schedules are compared
 
 
@@ -36,19 +38,32 @@ def settings_of(
     return {
         "rows": batches.num_rows,
         "batch_size": batches.batch_size if batches.loader is None else batches.given.batch_size,
-        "learning_rate": rates_of(optimizer),
-        "scheduler": None if schedule is None else type(schedule).__name__,
+        "learning_rate": _rates_of(optimizer),
+        "optimizer": _named(optimizer, [{k: v for k, v in g.items() if k not in OWN} for g in optimizer.param_groups]),
+        "scheduler": None if schedule is None else _named(schedule, schedule.state_dict()),
         "loss": _described(loss),
-        "data": sha256(repr(batches.fingerprint()).encode()).hexdigest()[:16],
+        "data": known_by(batches),
         **others,
     }
 
 
-def rates_of(optimizer: torch.optim.Optimizer) -> Any:
+def known_by(batches: Batches) -> str:
+    """What tells data apart: a digest of some rows. Of a DataLoader, whose rows may be drawn anew, what draws them."""
+    if batches.loader is None:
+        return sha256(repr(batches.fingerprint()).encode()).hexdigest()[:16]
+    return f"{type(batches.given.dataset).__name__} by {type(batches.given.sampler).__name__}"
+
+
+def _rates_of(optimizer: torch.optim.Optimizer) -> Any:
     """The learning rate of an optimizer, or a list of those of its groups of parameters."""
     rates = [group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups]  # a warm-up starts lower
     rates = [None if rate is None else float(rate) for rate in rates]
     return rates[0] if len(rates) == 1 else rates
+
+
+def _named(thing: Any, settings: Any) -> str:
+    """A thing of torch's, before it has done anything, and its settings."""
+    return f"{type(thing).__name__}({_described(settings)})"
 
 
 def _described(value: Any, schedule: bool = False) -> str | None:

@@ -1,7 +1,8 @@
-"""Recordings and code for a fit that goes on: made beforehand, by steps that are undone.
+"""What the first steps of a fit set up, for one that goes on: made beforehand, by steps that are undone.
 
 An uninterrupted fit runs plain Pyro in its first steps, then recordings, then generated code, and each of them rounds
-in its own way. One that goes on must not begin with plain Pyro again: it would end at other last digits.
+in its own way. One that goes on must not begin with plain Pyro again: it would end at other last digits. Nor may an
+objective draw random numbers of the next step to find out about plates, as some of Pyro's do when first called.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from pyro_vae.pairs.modes import evaluation_mode
 from pyro_vae.training.data import Batch, Batches
 from pyro_vae.training.steps import Steps
 
@@ -21,16 +24,20 @@ EPOCHS, BATCHES = 5, 4  # after which every recording is made that comes of batc
 
 
 def warm_up(steps: Steps, num_epochs: int) -> None:
-    """Takes the kinds of steps that the first epochs have taken, in their order. Whoever calls this undoes them.
+    """Evaluates the objective, and takes the kinds of steps that the first epochs have taken, in their order. Whoever
+    calls this undoes them.
 
     Args:
         steps: whose weights and optimizer are those to go on from.
         num_epochs: that were done.
     """
+    pair = steps.pair
+    with torch.no_grad(), evaluation_mode(pair.model, pair.guide), pyro.validation_enabled(False):
+        steps.elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
     epoch = _sizes(steps.batches)
     if steps.compiled is None or epoch is None:
         return
-    whole = steps.batches.first() if steps.batches.columns else Batch(steps.pair.args, steps.pair.kwargs, None)
+    whole = steps.batches.first() if steps.batches.columns else Batch(pair.args, pair.kwargs, None)
     if whole.size != epoch[0]:
         return
     batches = {size: whole if size == whole.size else _first_rows(whole, size) for size in epoch}

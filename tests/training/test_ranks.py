@@ -117,7 +117,7 @@ def test_ranks_of_other_weights_and_data_sets_are_told_or_made_the_same(found):
 def test_latents_of_all_rows_count_once_or_are_refused(found):
     assert found[1][0]["globals_of_each_batch"] is None
     for rank in found[2]:
-        assert "'mean' outside of it, whose KL term would count once for each rank" in rank["globals_of_each_batch"]
+        assert "'mean' outside of it, which would count once for each rank" in rank["globals_of_each_batch"]
 
 
 def test_an_error_and_an_interrupt_reach_all_ranks(found):

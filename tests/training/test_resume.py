@@ -97,7 +97,12 @@ def groups(parameters):
         ({"loss": Trace_ELBO(2)}, r"loss='Trace_ELBO\(\)'", r"loss='Trace_ELBO\(num_particles=2\)'"),
         ({"clip_norm": 1.0}, "clip_norm=None", "clip_norm=1.0"),
         ({"last": 9.0}, "data='.*'", "data='.*'"),
-        ({"scheduler": decay}, "scheduler=None", "scheduler='ExponentialLR'"),
+        ({"scheduler": decay}, "scheduler=None", r"scheduler='ExponentialLR\(.*\)'"),
+        (
+            {"optimizer": lambda p: torch.optim.Adam(p, betas=(0.5, 0.9))},
+            "optimizer='Adam.*0.999.*'",
+            "optimizer='Adam.*'",
+        ),
     ],
 )
 def test_another_run_is_refused(tmp_path, x, change, written, given):
@@ -148,20 +153,20 @@ def test_a_loader_of_other_batches_is_refused(tmp_path, x):
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "what"),
+    ("change", "what"),
     [
-        ({"optimizer": groups}, {"learning_rate": [1e-3, 1e-3]}, "param_groups: expected 2 values, got 1"),
-        ({"scheduler": decay}, {"scheduler": "ExponentialLR"}, "schedule: expected dict, got NoneType"),
-        ({"optimizer": torch.optim.AdamW}, {}, "optimizer: expected AdamW, got Adam"),
-        ({"optimizer": lambda p: torch.optim.Adam(p, amsgrad=True)}, {}, "amsgrad: expected True, got False"),
+        ({"optimizer": groups}, "param_groups: expected 2 values, got 1"),
+        ({"scheduler": decay}, "schedule: expected dict, got NoneType"),
+        ({"optimizer": torch.optim.AdamW}, "optimizer: expected AdamW, got Adam"),
+        ({"optimizer": lambda p: torch.optim.Adam(p, amsgrad=True)}, "amsgrad: expected True, got False"),
     ],
 )
-def test_a_refusal_changes_nothing(tmp_path, x, change, arguments, what):
+def test_a_refusal_changes_nothing(tmp_path, x, change, what):
     """Also where the arguments of a call that are written down do not tell."""
     path = tmp_path / "l.pt"
     run(path, x)
-    saved = read(path, "fit")
-    saved["arguments"] |= arguments
+    run(tmp_path / "changed.pt", x, **change)
+    saved = read(path, "fit") | {"arguments": read(tmp_path / "changed.pt", "fit")["arguments"]}
     write(saved, path, "fit")
     vae = linear_vae(2, 4)
     before, state = weights(vae), torch.get_rng_state()
