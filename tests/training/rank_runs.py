@@ -286,7 +286,7 @@ def evidence():
     return {**found, "loader": of_loader.log_evidence, "kept": kept[1].log_evidence}
 
 
-def killed(epoch=4, checkpoint=None):
+def killed(epoch=4):
     """The second rank dies after some epochs."""
     pair = Autoencoder()
 
@@ -298,17 +298,12 @@ def killed(epoch=4, checkpoint=None):
 
         return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
-    return pair.fit(num_epochs=8, scheduler=scheduler, checkpoint=checkpoint or CHECKPOINT)
+    return pair.fit(num_epochs=8, scheduler=scheduler, checkpoint=CHECKPOINT)
 
 
 def resumed():
-    """The same call, whose second rank lives."""
+    """The same call, whose second rank lives; a whole run where there is no file yet."""
     return killed(epoch=None)
-
-
-def unkilled():
-    """The same call, in a file of its own."""
-    return killed(epoch=None, checkpoint=CHECKPOINT.with_suffix(".unkilled"))
 
 
 def resumed_draws():

@@ -32,7 +32,7 @@ RUNS = [
     "calibration",
     "evidence",
     "resumed_draws",
-    "unkilled",
+    "resumed",
 ]
 
 
@@ -173,7 +173,7 @@ def test_a_dead_rank_ends_the_run_which_goes_on_with_any_number(found, tmp_path)
     out = run(tmp_path, "resumed")
     assert out.returncode == 0, out.stderr[-3000:]
     files = (tmp_path / f"{name}.pt" for name in ("0", "1", "one"))
-    whole, (first, second, one) = found[2][0]["unkilled"], (torch.load(f, weights_only=False)["resumed"] for f in files)
+    whole, (first, second, one) = found[2][0]["resumed"], (torch.load(f, weights_only=False)["resumed"] for f in files)
     assert len(whole["loss"]) == 8
     assert whole["loss"] == first["loss"]
     for weights in (first["weights"], second["weights"]):
