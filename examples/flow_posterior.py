@@ -87,7 +87,8 @@ def main() -> None:
             scheduler=lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, num_steps),
             loss=Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1),
             seed=options.seed,
-            compile=name == "inverse autoregressive",  # the others decide by values, so that they have no graph
+            # the others decide by values, so that they have no graph
+            compile=name == "inverse autoregressive" and not options.quick,
         )
         with torch.no_grad():
             particles = draw_particles(vae.model, vae.guide, X, num_particles=num_draws)

@@ -73,8 +73,8 @@ def main() -> None:
 
 def left_out(model: Callable, y: Tensor, t: Tensor, options: argparse.Namespace) -> dict[str, Tensor]:
     """log p(y_n|y_−n) of each home, in four ways."""
-    guide, num_samples = AutoNormal(model), 300 if options.quick else 2000
-    num_epochs = 200 if options.quick else 1500
+    guide, num_samples = AutoNormal(model), 50 if options.quick else 2000
+    num_epochs = 50 if options.quick else 1500
     fit(model, guide, (y, t), num_epochs=num_epochs, learning_rate=0.02, seed=options.seed, progress=False)
     settings = {"num_samples": num_samples, "seed": options.seed, "progress": False}
 

@@ -60,7 +60,7 @@ def model(y: Tensor, dose: Tensor) -> None:
 
 def main() -> None:
     options = parse_options(__doc__)
-    held_out, epochs, particles = (20, 5, 100) if options.quick else (400, 100, 3000)
+    held_out, epochs, particles = (20, 1, 100) if options.quick else (400, 100, 3000)
     dose = torch.tensor([50.0, 100.0, 200.0]).repeat(800)
     everyone = poutine.trace(poutine.uncondition(model)).get_trace(torch.ones(len(dose), len(HOURS)), dose)
     y = everyone.nodes["y"]["value"]

@@ -145,7 +145,7 @@ def draw_contours(axes: list[plt.Axes], guide: AmortizedFlow, x: Tensor) -> None
 def main() -> None:
     options = parse_options(__doc__)
     epochs, draws = (1, 20) if options.quick else (40, 500)
-    data, (x, there) = simulate(8000), simulate(2000)
+    data, (x, there) = simulate(400 if options.quick else 8000), simulate(2000)
     truth, number = exact(x, there), there.sum(1)
     figure, axes = plt.subplot_mosaic("abc;def", figsize=(10, 6.2))
     for (name, family), color in zip(GUIDES.items(), ("tab:red", "tab:blue"), strict=True):

@@ -118,7 +118,8 @@ def main() -> None:
     print(f"  error of this model / its sd, RMS     {scores.square().mean().sqrt():.2f} (1 if the sd is right)")
 
     adaptive = not options.quick  # a fit of 570 Gaussians takes a quarter of a minute
-    pick = {"num_samples": 5, "num_particles": particles, "adaptive": adaptive, "seed": options.seed, "progress": False}
+    pick = {"num_samples": 1 if options.quick else 5, "num_particles": particles, "adaptive": adaptive}
+    pick |= {"seed": options.seed, "progress": False}
     log_p = integrated_log_likelihood(pair.model, pair.guide, *data, **pick)
     exact = by_quadrature(pair, log_p.globals, *data)
     print(f"log p(x, y|θ) of each row at {len(exact)} draws of θ, nats")

@@ -162,11 +162,14 @@ def stored(tree):
 
 def of_classes(classes):
     """Names of their methods and attributes."""
-    names = set()
-    for cls in filter(inspect.isclass, classes):
-        names |= set(vars(cls))
-        with contextlib.suppress(OSError, TypeError):  # it is written in C
-            names |= set(re.findall(r"self\.(_\w+)", inspect.getsource(cls)))
+    return set().union(*(_of_class(cls) for cls in classes if inspect.isclass(cls)))
+
+
+@functools.cache  # to find the source of a class takes a parse of its file
+def _of_class(cls):
+    names = set(vars(cls))
+    with contextlib.suppress(OSError, TypeError):  # it is written in C
+        names |= set(re.findall(r"self\.(_\w+)", inspect.getsource(cls)))
     return names
 
 

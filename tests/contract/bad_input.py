@@ -110,7 +110,7 @@ def state_of(call: dict[str, Any]) -> dict[str, Any]:
     store = pyro.get_param_store()
     return {
         "torch": torch.get_rng_state().sum().item(),
-        "numpy": str(np.random.get_state()[1:3]),
+        "numpy": (np.random.get_state()[1].tobytes(), np.random.get_state()[2]),
         "python": hash(random.getstate()),
         "dtype": torch.get_default_dtype(),
         "gradients": torch.is_grad_enabled(),
@@ -118,7 +118,7 @@ def state_of(call: dict[str, Any]) -> dict[str, Any]:
         "store": {name: value.detach().sum().item() for name, value in store.items()},
         "validation": (pyro.settings.get("validate_infer"), torch.distributions.Distribution._validate_args),
         "handlers": len(_PYRO_STACK),
-        "filters": list(map(str, warnings.filters)),
+        "filters": list(warnings.filters),
         "files": sorted(map(str, Path.cwd().rglob("*"))),
         "modules": [_module(x) for x in _modules(call)],
         "data": [_numbers(x) for x in _tensors(call)],

@@ -125,10 +125,10 @@ def test_a_flow_bends_where_a_gaussian_cannot():
                 pyro.sample("z", q().expand((len(x),)))
 
         elbo = Trace_ELBO(num_particles=64, vectorize_particles=True)
-        options = {"num_epochs": 600, "learning_rate": 0.02, "compile": False, "seed": 0, "progress": False}
+        options = {"num_epochs": 300, "learning_rate": 0.02, "compile": False, "seed": 0, "progress": False}
         if name == "flow":  # permuted, so that either dimension may bend the other
             q.transforms.insert(1, dist.transforms.Permute(torch.tensor([1, 0])))
-        decay = lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 600)  # noqa: E731
+        decay = lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 300)  # noqa: E731
         fit(model, guide, x, loss=elbo, scheduler=decay, **options)
         bound = -Trace_ELBO(num_particles=20000, vectorize_particles=True).loss(model, guide, x)
         kl[name] = log_p.item() - bound
@@ -240,8 +240,8 @@ def test_a_scale_that_depends_on_z_is_recovered():
         with pyro.plate("data", len(x)):
             pyro.sample("x", likelihood(z), obs=x)
 
-    decay = lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 100)  # noqa: E731
-    options = {"num_epochs": 100, "learning_rate": 0.02, "scheduler": decay, "progress": False, "seed": 0}
+    decay = lambda optim: torch.optim.lr_scheduler.CosineAnnealingLR(optim, 50)  # noqa: E731
+    options = {"num_epochs": 50, "learning_rate": 0.02, "scheduler": decay, "progress": False, "seed": 0}
     fit(model, lambda x, z: None, (x, z), **options)
     at = torch.linspace(-1.8, 1.8, 20).unsqueeze(1)
     found = likelihood(at).variance.sqrt().detach()

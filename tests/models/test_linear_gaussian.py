@@ -17,26 +17,26 @@ from pyro_vae.networks import MLP
 @pytest.fixture(scope="module")
 def digits():
     datasets = pytest.importorskip("sklearn.datasets")
-    return datasets.load_digits().data.astype(np.float32) / 16
+    return datasets.load_digits().data[:600].astype(np.float32) / 16
 
 
 def test_linear_vae_on_digits_reaches_probabilistic_pca(digits, device):
-    """Exact log p(x) within 0.01 nats of PCA(8).score, whose maximum likelihood is in closed form; and the evidence of
+    """Exact log p(x) within 0.01 nats of PCA(4).score, whose maximum likelihood is in closed form; and the evidence of
     every row by importance sampling within 5 standard errors of the exact one."""
     from sklearn.decomposition import PCA
 
-    best = PCA(n_components=8).fit(digits.astype(np.float64)).score(digits.astype(np.float64))
-    vae = linear_vae(8, 64).to(device)
+    best = PCA(n_components=4).fit(digits.astype(np.float64)).score(digits.astype(np.float64))
+    vae = linear_vae(4, 64).to(device)
     vae.likelihood.head.bias.data = torch.tensor(digits.mean(0), device=device)
     fit(
-        vae.model, vae.guide, digits, num_epochs=200, batch_size=50, learning_rate=0.03, seed=0,
+        vae.model, vae.guide, digits, num_epochs=150, batch_size=50, learning_rate=0.05, seed=0,
         loss=TraceMeanField_ELBO(),
-        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200),
+        scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 150),
     )  # fmt: skip
     x = torch.tensor(digits, device=device)
     exact = linear_vae_log_evidence(vae, x)
     assert abs(exact.mean().item() - best) < 0.01
-    evidence = importance_sampling(vae.model, vae.guide, x, num_particles=2000)
+    evidence = importance_sampling(vae.model, vae.guide, x, num_particles=1000)
     z = (evidence.log_evidence - exact) / evidence.standard_error
     assert z.abs().max() < 5
     assert z.abs().median() > 0.1  # the error bars are not merely wide

@@ -98,22 +98,32 @@ class Regression:
             yield found
 
 
-@pytest.mark.parametrize(("kind", "batch_size"), [("lift", 24), ("lift", 12), ("PyroSample", 12)])
-def test_the_posterior_of_a_linear_decoder(kind, batch_size):
+def model_of(vae, kind, truth):
+    if kind == "lift":
+        return poutine.lift(vae.model, priors_of(vae.likelihood, "likelihood", truth.spread))
+    to_pyro_module_(vae)
+    for name, w in list(vae.likelihood.head.named_parameters()):
+        prior = dist.Normal(0.0, truth.spread).expand(w.shape).to_event(w.dim())
+        setattr(vae.likelihood.head, name, PyroSample(prior))
+    return vae.model
+
+
+def test_the_posterior_of_a_linear_decoder():
     """Within 5 %: the likelihood of a mini-batch counts N/B times, the prior of the weights once."""
     truth = Regression()
-    vae = truth.vae()
-    if kind == "lift":
-        model = poutine.lift(vae.model, priors_of(vae.likelihood, "likelihood", truth.spread))
-    else:
-        to_pyro_module_(vae)
-        for name, w in list(vae.likelihood.head.named_parameters()):
-            prior = dist.Normal(0.0, truth.spread).expand(w.shape).to_event(w.dim())
-            setattr(vae.likelihood.head, name, PyroSample(prior))
-        model = vae.model
-    mean, scale = truth.learned(model, batch_size)
+    mean, scale = truth.learned(model_of(truth.vae(), "lift", truth), batch_size=12)
     assert ((mean - truth.mean) / truth.scale).abs().max() < 0.05
     assert (scale / truth.scale - 1).abs().max() < 0.05
+
+
+def test_weights_of_pyro_sample_learn_as_lifted_ones_do():
+    """Step by step, and so they have the same posterior."""
+    truth, found = Regression(), []
+    for kind in ("lift", "PyroSample"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        found.append(truth.learned(model_of(truth.vae(), kind, truth), batch_size=12, steps=20))
+    torch.testing.assert_close(*found)
 
 
 # -- one set of weights for all rows ----------------------------------------------------------------------------------

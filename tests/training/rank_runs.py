@@ -302,7 +302,7 @@ def killed(epoch=4):
 
 
 def resumed():
-    """The same call, whose second rank lives."""
+    """The same call, whose second rank lives; a whole run where there is no file yet."""
     return killed(epoch=None)
 
 

@@ -10,10 +10,11 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked")
 
 CODE = """
-import sys, torch
+import importlib, sys, torch
 import killed_runs
 for code in ("plain Pyro", "recorded", "two ranks"):
     killed_runs.CODE[code]["num_epochs"] = 6
+importlib.import_module("torch._inductor.compile_fx")  # once, and not in each of the processes
 truths, folder = {}, killed_runs.Path(sys.argv[1])
 for i in (0, 9, 17, 3):
     print(i, *killed_runs.case(i, folder, truths)[2], sep=",")

@@ -83,7 +83,7 @@ ELBOS = [Trace_ELBO(), TraceMeanField_ELBO(), ImportanceWeightedELBO(3)]
 @pytest.mark.parametrize("elbo", ELBOS, ids=lambda elbo: type(elbo).__name__)
 @pytest.mark.parametrize("name", PAIRS)
 def test_every_parameter_moves(name, elbo, compile, request):
-    if type(elbo) is not Trace_ELBO:  # one objective has generated code
+    if type(elbo) is not Trace_ELBO or name != "a closure":  # one has generated code
         request.getfixturevalue("by_operation")
     model, guide, parameters = PAIRS[name]()
     before = [p.detach().clone() for p in parameters]

@@ -85,13 +85,12 @@ def test_mini_batches_are_refused_and_change_nothing(name):
     fit(model, guide, X, num_epochs=1, loss=LOSS if name == "pyro.param" else None)  # the guide takes all rows still
 
 
-@pytest.mark.parametrize("name", [*GUIDES])
-@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize(("name", "loader"), [*((name, False) for name in GUIDES), ("pyro.param", True)])
 def test_all_rows_at_once_meet_their_own_parameters(name, loader):
     """Shuffled, as they were, all would share the mean of the data."""
     guide = GUIDES[name]()
     data = DataLoader(TensorDataset(X), batch_size=N) if loader else X
-    fit(local, guide, data, num_epochs=500, learning_rate=0.1, loss=LOSS, scheduler=decay, seed=0)
+    fit(local, guide, data, num_epochs=300, learning_rate=0.1, loss=LOSS, scheduler=decay, seed=0)
     found = pyro.param("loc") if name == "pyro.param" else guide.median()["z"]
     torch.testing.assert_close(found.detach(), X / 2, atol=0.1, rtol=0)
 
@@ -110,7 +109,7 @@ def test_rows_that_bring_their_index_may_come_in_mini_batches(name):
     """The plate takes the parameters of the rows that are there."""
     guide = AutoNormal(by_index, create_plates=plates) if name == "AutoNormal" else by_index_params
     data, options = (torch.arange(N), X), {"loss": LOSS, "scheduler": decay, "seed": 0}
-    fit(by_index, guide, data, num_epochs=500, batch_size=8, learning_rate=0.05, **options)
+    fit(by_index, guide, data, num_epochs=250, batch_size=8, learning_rate=0.05, **options)
     found = pyro.param("loc") if guide is by_index_params else guide.median(*data)["z"]
     torch.testing.assert_close(found.detach(), X / 2, atol=0.15, rtol=0)
 
@@ -188,7 +187,7 @@ def mean_guide(x, total=None):
 def trained(model, guide, batch_size):
     pyro.clear_param_store()
     fit(
-        model, guide, X, num_epochs=600, batch_size=batch_size, learning_rate=0.03, loss=LOSS, seed=0,
+        model, guide, X, num_epochs=300, batch_size=batch_size, learning_rate=0.03, loss=LOSS, seed=0,
         scheduler=decay,
     )  # fmt: skip
     return pyro.param("scale").item()
