@@ -1,5 +1,6 @@
 """What is in the files, which other programs read too."""
 
+import copy
 import errno
 import io
 import json
@@ -41,6 +42,37 @@ class Tied(nn.Module):
 def test_both_bring_back_every_bit(tmp_path, name, build):
     first, second = build(), build()
     assert not same(first, second)
+    save_weights(first, tmp_path / name)
+    load_weights(second, tmp_path / name)
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_weights_of_their_own_are_not_tied(tmp_path, name):
+    """Whichever of two matrices the one tensor took, it would be wrong for the other layer."""
+    first, second = Tied(), Tied()
+    first.second.weight = nn.Parameter(torch.randn(3, 3))
+    save_weights(first, tmp_path / name)
+    before = copy.deepcopy(second)
+    with pytest.raises(ValueError, match=r"first.weight and second.weight: expected equal values, as they are one"):
+        load_weights(second, tmp_path / name)
+    assert same(before, second)
+
+
+class Versioned(nn.Linear):
+    """Its first version kept the bias with the other sign."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        if metadata.get("version") != 2:
+            state[prefix + "bias"] = -state[prefix + "bias"]
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_modules_know_by_their_version_what_they_wrote(tmp_path, name):
+    first, second = nn.Sequential(Versioned(2, 2)), nn.Sequential(Versioned(2, 2))
     save_weights(first, tmp_path / name)
     load_weights(second, tmp_path / name)
     assert same(first, second)

@@ -240,9 +240,10 @@ def test_a_file_that_is_held_is_refused(tmp_path, script):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked")
 def test_workers_that_outlive_a_killed_process_hold_nothing(tmp_path, script):
-    other = script(
-        HOLDER.replace("    print", "    if not os.fork():\n        time.sleep(3)\n        os._exit(0)\n    print")
+    worker = (
+        "r, w = os.pipe()\n    if not os.fork():\n        os.write(w, b'.')\n        time.sleep(3)\n        os._exit(0)"
     )
+    other = script(HOLDER.replace("    print", f"    {worker}\n    os.read(r, 1)\n    print"))  # it is there
     other.send_signal(signal.SIGKILL)
     other.wait()
     start = time.monotonic()

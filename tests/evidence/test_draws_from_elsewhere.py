@@ -157,3 +157,21 @@ def test_a_branch_far_out_is_seen():
 
     with pytest.warns(UserWarning, match="particles run one at a time"):
         importance_sampling(model, guide, X, num_particles=10, plate=None, **QUIET)
+
+
+def test_a_latent_of_all_rows_alone_in_double_precision():
+    """m ~ N(0, 1) and x ~ N(m, 1) of 9 rows: the posterior is N(Σ x / 10, 1 / 10)."""
+    x = X.double()
+
+    def model(x):
+        m = pyro.sample("m", dist.Normal(torch.zeros((), dtype=torch.double), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("m", dist.Normal(x.mean(), 0.5))
+
+    m = draw_posterior(model, guide, x, num_samples=4000, num_particles=6000, **QUIET)["m"]
+    assert m.dtype == torch.double
+    assert (m.mean() - x.sum() / 10).abs() < 5 * (0.1 / 4000) ** 0.5
+    assert m.var().item() == pytest.approx(0.1, rel=0.15)

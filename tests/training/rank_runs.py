@@ -14,67 +14,14 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import RenyiELBO
 from pyro.infer.autoguide import AutoDelta
+from rank_pair import Autoencoder, N
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from pyro_vae import adaptive_importance_sampling, fit, importance_sampling
 from pyro_vae.diagnostics import simulation_based_calibration
 from pyro_vae.ranks import alone, ranks
-
-N, D = 203, 5  # batches of 32: the last one has 11 rows
-
-
-class Given(dist.Normal):
-    """A Normal whose draws are made of given noise."""
-
-    def __init__(self, loc, scale, noise):
-        super().__init__(loc, scale)
-        self.noise = noise
-
-    def rsample(self, sample_shape=()):
-        return self.loc + self.scale * self.noise
-
-    def expand(self, batch_shape, _instance=None):
-        return self
-
-
-class Autoencoder:
-    def __init__(self):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        with torch.random.fork_rng():
-            self.x, self.noise = torch.randn(N, D), torch.randn(N, 2)
-            self.held_out = torch.randn(61, D), torch.randn(61, 2)
-            self.encoder = torch.nn.Sequential(torch.nn.Linear(D, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-            self.decoder = torch.nn.Linear(2, D)
-
-    def model(self, x, noise):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), 1.0).to_event(1), obs=x)
-
-    def guide(self, x, noise):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            h = self.encoder(x)
-            pyro.sample("z", Given(h[:, :2], h[:, 2:].exp(), noise).to_event(1))
-
-    def own_guide(self, x, noise):
-        """One that draws."""
-        with pyro.plate("data", len(x)):
-            h = self.encoder(x)
-            pyro.sample("z", dist.Normal(h[:, :2], h[:, 2:].exp()).to_event(1))
-
-    @property
-    def weights(self):
-        return [p.detach().clone() for p in (*self.encoder.parameters(), *self.decoder.parameters())]
-
-    def fit(self, data=None, **options):
-        options = {"num_epochs": 30, "batch_size": 32, "learning_rate": 1e-2, "clip_norm": 1.0, "seed": 3} | options
-        data = (self.x, self.noise) if data is None else data
-        result = fit(self.model, self.guide, data, progress=False, **options)
-        return {**vars(result), "weights": self.weights}
 
 
 def recorded(**options):
@@ -186,16 +133,25 @@ def other_weights():
     )
 
 
-def globals_of_each_batch():
-    x = torch.randn(8)
+def outside_of_the_plate():
+    """Latents, data and factors that each rank would count, and an objective that is no sum over rows."""
 
-    def model(x):
-        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    def model(x, what):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0)) if what == "latent" else pyro.param("c", torch.zeros(()))
+        if what == "data":
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(10.0))
+        if what == "factor":
+            pyro.factor("f", -mean.square())
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
 
-    pyro.clear_param_store()
-    return _message(functools.partial(fit, model, AutoDelta(model), x, num_epochs=1, progress=False))
+    def message(what, **options):
+        pyro.clear_param_store()
+        own = functools.partial(model, what=what)
+        x = torch.linspace(-1, 1, 8)
+        return _message(functools.partial(fit, own, AutoDelta(own), x, num_epochs=1, progress=False, **options))
+
+    return *map(message, ("latent", "data", "factor")), message("", loss=RenyiELBO(num_particles=2))
 
 
 def error_of_one():

@@ -24,7 +24,7 @@ RUNS = [
     "other_data",
     "other_weights",
     "other_calls",
-    "globals_of_each_batch",
+    "outside_of_the_plate",
     "error_of_one",
     "interrupted",
     "few_rows",
@@ -115,10 +115,13 @@ def test_ranks_of_other_weights_and_data_sets_are_told_or_made_the_same(found):
     assert torch.equal(*(rank["other_weights"][1] for rank in found[2]))
 
 
-def test_latents_of_all_rows_count_once_or_are_refused(found):
-    assert found[1][0]["globals_of_each_batch"] is None
+def test_what_all_rows_share_counts_once_or_is_refused(found):
+    assert found[1][0]["outside_of_the_plate"] == (None,) * 4
     for rank in found[2]:
-        assert "'mean' outside of it, which would count once for each rank" in rank["globals_of_each_batch"]
+        *outside, sums = rank["outside_of_the_plate"]
+        for name, message in zip(["mean", "y", "f"], outside, strict=True):
+            assert f"{name!r} outside of it, which would count once for each rank" in message
+        assert "loss: expected a sum over data points in several ranks" in sums
 
 
 def test_an_error_and_an_interrupt_reach_all_ranks(found):

@@ -1,10 +1,12 @@
 """fit: runs that repeat, stop early, and go on from a checkpoint."""
 
 import math
+import os
 
 import pyro
 import pytest
 import torch
+from pyro.distributions import Normal
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.utils.data import DataLoader, TensorDataset
 from truths import LinearGaussian, linear_vae, small_vae
@@ -133,6 +135,55 @@ def test_an_objective_of_other_numbers_is_refused(tmp_path, x, was, now):
     run(tmp_path / "l.pt", x, loss=was, num_epochs=3)
     with pytest.raises(ValueError, match=r"written with loss='.*'; this call has loss='.*'"):
         run(tmp_path / "l.pt", x, loss=now, num_epochs=4)
+
+
+def test_other_validation_data_are_compared_anew(tmp_path, x):
+    """Their losses have nothing to do with those of the first, which are far lower."""
+    options = {"patience": 2, "learning_rate": 0.01}
+    run(tmp_path / "l.pt", x, num_epochs=3, validation_data=0.1 * x, **options)
+    result, vae = run(tmp_path / "l.pt", x, num_epochs=8, validation_data=3 * x, **options)
+    assert len(result.loss) == 8
+    assert min(result.validation_loss[:3]) < min(result.validation_loss[3:])
+    assert result.best_epoch == 3 + torch.tensor(result.validation_loss[3:]).argmin()
+    kept = read(tmp_path / "l.pt", "fit")["best"]
+    assert all(torch.equal(kept[f"VAE.{name}"], value) for name, value in vae.state_dict().items())
+
+
+def test_views_of_other_strides_are_data_too(tmp_path, x):
+    """The bytes of their rows are those of a copy."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", Normal(pyro.param("c", torch.zeros(())), 1.0), obs=x)
+
+    for i, view in enumerate((x[:, 1], x.T[2], torch.zeros(1).expand(30), x[::2, 0], x[:1, 1])):
+        losses = []
+        for data in (view, view.clone()):
+            pyro.clear_param_store()
+            result = fit(model, lambda x: None, data, num_epochs=1 + len(losses), checkpoint=tmp_path / f"{i}", seed=0)
+            losses.append(result.loss[0])
+        assert losses[0] == losses[1]
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path, x, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run("l.pt", x, scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: go_to("elsewhere", epoch)))
+    assert [p.name for p in tmp_path.glob("**/*.pt")] == ["l.pt"]
+    assert len(read(tmp_path / "l.pt", "fit")["losses"]["loss"]) == 2
+
+
+def go_to(folder, epoch):
+    if epoch == 1:
+        os.chdir(folder)
+    return 1.0
+
+
+def test_a_fit_that_is_done_already_leaves_what_it_trained_in_the_store(tmp_path, x):
+    run(tmp_path / "l.pt", x)
+    names = sorted(pyro.get_param_store().keys())
+    run(tmp_path / "l.pt", x)
+    assert sorted(pyro.get_param_store().keys()) == names != []
 
 
 def test_fewer_epochs_than_there_are_is_refused(tmp_path, x):

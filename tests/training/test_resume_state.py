@@ -3,13 +3,14 @@
 import pyro
 import pytest
 import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from states import same
 from torch import nn
 from torch.distributions.constraints import positive
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from truths import LinearGaussian, linear_vae, small_vae
 
-from pyro_vae import fit
+from pyro_vae import CombinedELBO, fit
 from pyro_vae.checkpoint import read, write
 
 
@@ -92,15 +93,53 @@ def loader(x, kind):
     sampler = RandomSampler(rows, generator=own)
     if kind == "sampler":
         return DataLoader(rows, batch_size=12, sampler=sampler)
+    if kind == "sampler of batches":
+        batches = torch.utils.data.BatchSampler(sampler, 12, False)
+        return DataLoader(rows, batch_size=None, sampler=batches)
     if kind == "batch sampler":
         return DataLoader(rows, batch_sampler=torch.utils.data.BatchSampler(sampler, 12, False))
     return DataLoader(rows, batch_size=12, shuffle=True)
 
 
-@pytest.mark.parametrize("kind", ["loader", "sampler", "batch sampler", "none"])
+@pytest.mark.parametrize("kind", ["loader", "sampler", "batch sampler", "sampler of batches", "none"])
 @pytest.mark.parametrize("seed", [0, None])
 def test_the_generators_of_a_loader(tmp_path, x, kind, seed):
     check(tmp_path, lambda: loader(x, kind), seed=seed)
+
+
+class Noisy(TensorDataset):
+    """Rows with noise, from a generator that nobody but the dataset knows."""
+
+    def __init__(self, x):
+        super().__init__(x)
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __getitem__(self, i):
+        return (self.tensors[0][i] + 0.1 * torch.randn(4, generator=self.generator),)
+
+
+def test_a_dataset_with_a_generator_of_its_own(tmp_path, x):
+    """The file that is written makes no difference."""
+    check(tmp_path, lambda: DataLoader(Noisy(x), batch_size=12))
+
+
+VECTORIZED = {"num_particles": 2, "vectorize_particles": True}
+
+
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Trace_ELBO(**VECTORIZED),
+        TraceGraph_ELBO(**VECTORIZED),
+        TraceEnum_ELBO(),
+        RenyiELBO(**VECTORIZED),
+        CombinedELBO([(Trace_ELBO(**VECTORIZED), 1.0)]),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_objectives_that_look_for_plates_when_they_are_first_called(tmp_path, x, loss):
+    check(tmp_path, x, loss=loss, compile=False)
 
 
 class Stateful:
@@ -134,6 +173,7 @@ def test_a_loader_with_other_generators_is_refused(tmp_path, x):
 
 
 SCHEDULERS = {
+    "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.001, 0.01, step_size_up=3),
     "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "steps": lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [1, 3]),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.01, total_steps=6),

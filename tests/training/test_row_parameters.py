@@ -203,6 +203,44 @@ def test_a_global_latent_in_mini_batches_is_named():
     assert trained(model, guide, 8) == pytest.approx(exact, rel=0.1)
 
 
+def test_a_plate_that_draws_rows_is_trained():
+    """Each step sees 5 of the rows of its batch; their mean is that of all."""
+
+    def model(x):
+        m = pyro.param("m", torch.zeros(()))
+        with pyro.plate("data", len(x), subsample_size=5) as rows:
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x[rows])
+
+    decay = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.99)  # noqa: E731
+    fit(model, lambda x: None, X, num_epochs=600, learning_rate=0.1, scheduler=decay, seed=0, progress=False)
+    assert pyro.param("m").item() == pytest.approx(X.mean().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("what", ["data", "factor"])
+def test_so_are_data_and_factors_outside_of_the_plate(what):
+    """y = 10 with precision 1 beside N rows x: the mean is (Σ x + 10) / (N + 1), and y counts once for each batch."""
+
+    def model(x):
+        m = pyro.param("m", torch.zeros(()))
+        if what == "data":
+            pyro.sample("y", dist.Normal(m, 1.0), obs=torch.tensor(10.0))
+        else:
+            pyro.factor("y", -0.5 * (m - 10.0).square())
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+    def found(batch_size):
+        pyro.clear_param_store()
+        decay = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.98)  # noqa: E731
+        options = {"learning_rate": 0.3, "scheduler": decay, "seed": 0, "progress": False}
+        fit(model, lambda x: None, X, num_epochs=300, batch_size=batch_size, **options)
+        return pyro.param("m").item()
+
+    assert found(N) == pytest.approx((X.sum().item() + 10) / (N + 1), abs=0.01)
+    with pytest.warns(UserWarning, match=r"got 'y' outside of it, .*8 rows.*weighs 3 times too much.*subsample"):
+        assert found(N // 3) == pytest.approx((X.sum().item() + 30) / (N + 3), abs=0.05)
+
+
 def test_poutine_scale_is_taken_for_the_same():
     def model(x):
         with pyro.poutine.scale(scale=len(x) / N):
