@@ -14,8 +14,8 @@ from pyro_vae.training.data import Batches
 __all__ = ["known_by", "settings_of"]
 
 USUAL = list(vars(Trace_ELBO()).items())
-OWN = ("params", "lr", "initial_lr")  # of a group of parameters: what is compared by itself
-OWN += ("fused", "foreach", "capturable", "differentiable")  # and what makes no difference but for rounding
+# of a group of parameters: what is compared by itself, and what makes no difference but for rounding
+OWN = {"params", "lr", "initial_lr", "fused", "foreach", "capturable", "differentiable"}
 STEPS = (0, 1, 10, 100, 1000, 10000, 100000)  # at which schedules are compared
 
 

@@ -107,6 +107,32 @@ def test_doubly_reparameterized_gradients_have_the_same_mean_and_less_noise():
     )
 
 
+def test_doubly_reparameterized_gradients_are_those_of_the_formula():
+    """Tucker et al. (2019), equation 8: Σ_k w̃_k² ∂ log w_k/∂z_k ∂z_k/∂φ, at the draws that were made."""
+    x = torch.linspace(-2.0, 2.0, 5)
+    loc, scale = (0.3 * x).requires_grad_(), torch.full((5,), 1.3).requires_grad_()
+    seen = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            seen.append(pyro.sample("z", dist.Normal(loc, scale)))
+
+    ImportanceWeightedELBO(6, doubly_reparameterized=True).differentiable_loss(model, guide, x).backward()
+    with torch.no_grad():
+        z = seen[-1]
+        noise = (z - loc) / scale
+        weight = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - dist.Normal(loc, scale).log_prob(z)
+        term = weight.softmax(0).square() * (x - 2 * z + noise / scale)
+    assert z.shape == (6, 5)
+    torch.testing.assert_close(loc.grad, -term.sum(0))
+    torch.testing.assert_close(scale.grad, -(term * noise).sum(0))
+
+
 def test_dropout_and_batch_norm_run_once_a_step():
     """What scores a draw is what drew it: the same dropout masks, and one update of the running statistics."""
     x = torch.bernoulli(torch.full((20, 4, 4), 0.5))
