@@ -66,6 +66,7 @@ class JointGradient:
         self.interrupted = False
         self.buckets = _buckets(parameters)
         self.parameters = [p for bucket in self.buckets for p in bucket]
+        self._memory: dict[int, Tensor] = {}  # of the buckets
 
     def __call__(self, own: Callable[[], tuple[Tensor, Tensor]], rows: int) -> tuple[Tensor, Tensor, int]:
         """Joins the gradients of all ranks, as `.grad` of the parameters.
@@ -90,7 +91,8 @@ class JointGradient:
                 failed = error
         self.share = None if value is None else value + norm
         diverged = isinstance(failed, Diverged)
-        joint, total, (any_diverged, any_failed, interrupted) = self._join(value, rows, diverged, failed is not None)
+        joint, norm, total, flags = self._join(value, rows, diverged, failed is not None)
+        any_diverged, any_failed, interrupted = flags
         if any_failed > any_diverged:
             if failed is None or diverged:
                 raise RuntimeError(f"rank {self.ranks.rank}: another rank has raised an error, which says more.")
@@ -99,7 +101,7 @@ class JointGradient:
             raise failed or Diverged("a recording of another rank gave another loss than plain Pyro")
         if interrupted:
             raise KeyboardInterrupt
-        return joint, torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]), total
+        return joint, norm, total
 
     @contextmanager
     def interrupted_together(self) -> Iterator[None]:
@@ -119,33 +121,38 @@ class JointGradient:
 
     def _join(
         self, loss: Tensor | None, rows: int, diverged: bool, failed: bool
-    ) -> tuple[Tensor, int, tuple[float, float, float]]:
-        """Loss and rows of the joint batch; how many ranks diverged, failed and were interrupted. If any failed, no
-        gradient is changed."""
+    ) -> tuple[Tensor, Tensor, int, tuple[float, float, float]]:
+        """Loss, norm and rows of the joint batch; how many ranks diverged, failed and were interrupted. If any failed,
+        no gradient is changed."""
         device = self.parameters[0].device
         present = [float(p.grad is not None and rows > 0) for p in self.parameters]
         flags = [diverged, failed, self.interrupted]
         numbers = torch.tensor([rows, *flags, 0.0, *present], dtype=torch.float64, device=device)
         if loss is not None and not failed:
             numbers[4] = rows * loss.double()
-        packed = [self._packed(bucket, 0 if failed else rows) for bucket in self.buckets]
+        packed = [self._packed(i, 0 if failed else rows) for i in range(len(self.buckets))]
         self.ranks.sum([numbers, *packed])
         total, *flags, joint = numbers[:5].tolist()
         counts = numbers[5:].tolist()
         value = torch.tensor(joint / total if total else 0.0, dtype=torch.float64, device=device)
+        norm = torch.zeros((), dtype=torch.float64, device=device)
         if not flags[1]:
             used = dict(zip(map(id, self.parameters), counts, strict=True))
             for bucket, flat in zip(self.buckets, packed, strict=True):
-                parts = (flat / total).split([p.numel() for p in bucket])
+                norm = torch.hypot(norm, torch.linalg.vector_norm(flat.div_(total)).to(norm))
+                parts = flat.split([p.numel() for p in bucket])
                 for p, part in zip(bucket, parts, strict=True):  # what no rank's loss reaches has none
                     p.grad = part.view_as(p) if used[id(p)] else None
-        return value, int(total), (flags[0], flags[1], flags[2])
+        return value, norm, int(total), (flags[0], flags[1], flags[2])
 
-    @staticmethod
-    def _packed(bucket: list[Tensor], rows: int) -> Tensor:
-        """The gradients of a bucket times the rows they are of, in one piece."""
+    def _packed(self, number: int, rows: int) -> Tensor:
+        """The gradients of a bucket times the rows they are of, in one piece, which is the same memory in each step."""
+        bucket = self.buckets[number]
         parts = [torch.zeros_like(p) if p.grad is None or not rows else p.grad for p in bucket]
-        return torch.cat([part.detach().reshape(-1) for part in parts]).mul_(rows)
+        flat = [part.detach().reshape(-1) for part in parts]
+        if number not in self._memory:
+            self._memory[number] = flat[0].new_empty(sum(map(len, flat)))
+        return torch.cat(flat, out=self._memory[number]).mul_(rows)
 
 
 def _buckets(parameters: list[Tensor]) -> list[list[Tensor]]:

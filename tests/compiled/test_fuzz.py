@@ -20,7 +20,7 @@ from same_as_pyro import gradients
 from pyro_vae import CompiledELBO, importance_sampling
 from pyro_vae.compiled import recording
 
-BLOCK, NUM_BLOCKS = 20, 5  # random pairs of a test, and tests
+BLOCK, NUM_BLOCKS = 20, 3  # random pairs of a test, and tests
 NUM_KNOWN, ROWS = 20, 4
 # two-sided, for all estimates together: of each kind of pair, compiled and not
 THRESHOLD = statistics.NormalDist().inv_cdf(1 - 1e-3 / (2 * 2 * 2 * NUM_KNOWN * ROWS))

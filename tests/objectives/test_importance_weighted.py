@@ -126,7 +126,9 @@ def test_doubly_reparameterized_gradients_are_those_of_the_formula():
     with torch.no_grad():
         z = seen[-1]
         noise = (z - loc) / scale
-        weight = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - dist.Normal(loc, scale).log_prob(z)
+        weight = (
+            dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(x) - dist.Normal(loc, scale).log_prob(z)
+        )
         term = weight.softmax(0).square() * (x - 2 * z + noise / scale)
     assert z.shape == (6, 5)
     torch.testing.assert_close(loc.grad, -term.sum(0))
