@@ -76,7 +76,11 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     wrong = listed(differences(present, saved)) or listed(_apart(present, saved))
     if wrong:
         shapes = [{name: getattr(t, "shape", None) for name, t in state.items()} for state in (present, saved)]
-        advice = "in the dtype, as by module.double()," if shapes[0] == shapes[1] else "with the sizes"
+        advice = (
+            "in the dtype, as by module.double(), and with the tied weights,"
+            if shapes[0] == shapes[1]
+            else "with the sizes"
+        )
         raise ValueError(
             f"{path} does not fit {type(module).__name__}, which stays as it was ({wrong}). Try to build the module "
             f"{advice} that it was saved with."
@@ -100,7 +104,7 @@ def _apart(present: dict[str, Any], saved: dict[str, Any]) -> Iterator[str]:
     for name, t in present.items():
         if isinstance(t, Tensor) and t.layout is torch.strided and t.numel():
             other = first.setdefault((t.data_ptr(), t.shape, t.stride(), t.dtype), name)
-            if bytes_of(saved[name]) != bytes_of(saved[other]):
+            if other != name and bytes_of(saved[name]) != bytes_of(saved[other]):
                 yield f"{other} and {name}: expected equal values, as they are one tensor, got others"
 
 

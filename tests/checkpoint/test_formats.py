@@ -199,3 +199,15 @@ def test_a_write_that_fails_leaves_no_view_in_its_traceback(tmp_path, monkeypatc
     views = [x for local in frames for x in local.values() if isinstance(x, memoryview)]
     assert views  # of what is written, or this test sees nothing
     assert {type(view.obj) for view in views} == {bytes}
+
+
+def test_quantized_tensors_come_back(tmp_path):
+    def build():
+        module = nn.Linear(2, 2)
+        module.register_buffer("short", torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8))
+        return module
+
+    first, second = build(), build()
+    save_weights(first, tmp_path / "w.pt")
+    load_weights(second, tmp_path / "w.pt")
+    assert torch.equal(first.short.int_repr(), second.short.int_repr())
