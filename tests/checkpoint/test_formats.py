@@ -201,6 +201,7 @@ def test_a_write_that_fails_leaves_no_view_in_its_traceback(tmp_path, monkeypatc
     assert {type(view.obj) for view in views} == {bytes}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch says that they will go
 def test_quantized_tensors_come_back(tmp_path):
     def build():
         module = nn.Linear(2, 2)
